@@ -1,0 +1,39 @@
+# Everything a fresh Debian machine with Python 3.11 and make needs, in two commands:
+#   make run    a proxy with one key store and one key, on https://localhost:8443
+#   make test   linters and all tests
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+DEMO   ?= run/demo
+
+.PHONY: run test lint system-packages clean
+
+run: $(BIN)/.installed
+	@test -e $(DEMO)/xkiproxy.toml || $(BIN)/xkiproxy init $(DEMO)
+	@$(BIN)/xkiproxy kms-config --config $(DEMO)/xkiproxy.toml
+	@$(BIN)/xkiproxy serve --config $(DEMO)/xkiproxy.toml
+
+test: system-packages $(BIN)/.installed-test lint
+	$(BIN)/pytest -q -n auto
+
+lint: $(BIN)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+system-packages:
+	@tests/system-packages.sh
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(BIN)/.installed: $(BIN)/python pyproject.toml
+	$(BIN)/pip install --quiet --editable .
+	@touch $@
+
+$(BIN)/.installed-test: $(BIN)/python pyproject.toml
+	$(BIN)/pip install --quiet --editable '.[test]'
+	@touch $@ $(BIN)/.installed
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,57 @@
+"""The typer application and the one place where a failure becomes a message and a status."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from xkiproxy import __version__
+from xkiproxy.cli import keys
+from xkiproxy.cli.common import CommandError, err
+from xkiproxy.config import ConfigError
+from xkiproxy.config.secrets import SecretError
+from xkiproxy.keystores.catalog import CatalogError
+from xkiproxy.keystores.credentials import CredentialError
+from xkiproxy.kmi.base import KeyManagerError
+
+app = typer.Typer(
+    name="xkiproxy",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,  # its tracebacks show local variables: secrets among them
+    help="The proxy between a cloud's key management service and keys that stay at home.",
+)
+app.add_typer(keys.app, name="keys")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"xkiproxy {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
+    del version
+
+
+def main() -> None:
+    """Run the command line: status 0 done, 1 failed, 2 misuse."""
+    try:
+        app()
+    except (
+        CatalogError,
+        CommandError,
+        ConfigError,
+        CredentialError,
+        KeyManagerError,
+        SecretError,
+    ) as error:
+        err.print(f"xkiproxy: {error}", markup=False, style="red")
+        sys.exit(1)

@@ -1,0 +1,162 @@
+"""The shape of xkiproxy.toml. Unknown keys are errors; every default is safe to run with."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from xkiproxy.config.paths import ConfigPath
+from xkiproxy.config.secrets import SecretSource
+from xkiproxy.crypto.operations import CiphertextFormat
+
+
+class Section(BaseModel):
+    """A table of the file: closed and unchangeable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _host_and_port(value: str) -> str:
+    host, separator, port = value.rpartition(":")
+    if not separator or not port.isdigit() or int(port) > 65535 or not host:
+        raise ValueError('write it as "host:port", such as "127.0.0.1:8443" or "[::1]:8443"')
+    return value
+
+
+Address = Annotated[str, AfterValidator(_host_and_port)]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
+Seconds = Annotated[float, Field(gt=0, le=3600)]
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """("host", port) of "host:port"; the brackets of an IPv6 address are taken off."""
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+class TlsSettings(Section):
+    """The certificate that the cloud pins by its fingerprint, and who may connect (mTLS)."""
+
+    certificate: ConfigPath
+    private_key: SecretSource
+    client_ca: ConfigPath | None = None
+    client_names: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _names_need_ca(self) -> TlsSettings:
+        if self.client_names and self.client_ca is None:
+            raise ValueError("client_names needs client_ca: names prove nothing without a CA")
+        if self.private_key.env is not None:
+            raise ValueError("private_key must come from a file or a credential")
+        return self
+
+
+class ServerSettings(Section):
+    """Listeners and the limits of a connection."""
+
+    listen: Address = "0.0.0.0:8443"
+    admin_listen: Address = "127.0.0.1:9464"
+    workers: Annotated[int, Field(ge=1, le=1)] = 1
+    tls: TlsSettings | None = None
+    plaintext: bool = False
+    max_body_bytes: Annotated[int, Field(ge=1024, le=16 << 20)] = 64 << 10
+    handshake_timeout_seconds: Seconds = 10
+    header_timeout_seconds: Seconds = 10
+    body_timeout_seconds: Seconds = 10
+    idle_timeout_seconds: Seconds = 75
+    shutdown_timeout_seconds: Seconds = 15
+
+    @model_validator(mode="after")
+    def _tls_or_loopback(self) -> ServerSettings:
+        if self.tls is None and not self.plaintext:
+            raise ValueError("[server.tls] is missing (certificate, private_key)")
+        if self.tls is not None and self.plaintext:
+            raise ValueError("plaintext = true and [server.tls] contradict each other")
+        if self.plaintext and not _is_loopback(split_address(self.listen)[0]):
+            raise ValueError("plaintext = true is for loopback addresses only")
+        return self
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+class KmiSettings(Section):
+    """What every kind of KMI has."""
+
+    name: Name
+    type: str
+    queue_size: Annotated[int, Field(ge=1, le=1_000_000)] = 1024
+
+
+class SoftwareSettings(KmiSettings):
+    """The embedded KMI: an SQLite keyring, wrapped under a master key."""
+
+    type: Literal["software"]
+    keyring: ConfigPath
+    master_key: SecretSource = Field(default="master.key", validate_default=True)  # type: ignore[assignment]
+
+
+KMI_SETTINGS: dict[str, type[KmiSettings]] = {"software": SoftwareSettings}
+"""The section model of each KMI type."""
+
+_PATH_PREFIX = re.compile(r"(/[A-Za-z0-9_-]+)*")
+
+
+def _path_prefix(value: str) -> str:
+    if not _PATH_PREFIX.fullmatch(value) or len(value) > 100:
+        raise ValueError('write it as "/name" (letters, digits, - and _), or "" for none')
+    return value
+
+
+class KeystoreSettings(Section):
+    """One tenant: a path prefix, a protocol, credentials and the KMIs that hold its keys."""
+
+    name: Name
+    protocol: Literal["xki"]
+    path_prefix: Annotated[str, AfterValidator(_path_prefix)]
+    kmi: Annotated[tuple[Name, ...], Field(min_length=1)]
+    credentials: SecretSource
+    ciphertext_format: CiphertextFormat = CiphertextFormat.ENVELOPE
+    deadline_ms: Annotated[int, Field(ge=1, le=60_000)] = 250
+    disable_output_form_plain: bool = False
+
+
+class CatalogSettings(Section):
+    """Where the states of keys are kept."""
+
+    path: ConfigPath = Field(default="catalog.db", validate_default=True)  # type: ignore[assignment]
+
+
+class AuditSettings(Section):
+    """Where the audit log is written, one JSON object a line."""
+
+    path: ConfigPath = Field(default="audit.jsonl", validate_default=True)  # type: ignore[assignment]
+
+
+class LogSettings(Section):
+    """The operator's log, on standard error."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["text", "json"] = "text"
+
+
+class Config(Section):
+    """The whole file."""
+
+    server: ServerSettings
+    kmi: tuple[Any, ...]  # subclasses of KmiSettings, validated by their type
+    keystore: tuple[KeystoreSettings, ...]
+    catalog: CatalogSettings
+    audit: AuditSettings
+    log: LogSettings
+
+    def find_kmi(self, name: str) -> KmiSettings:
+        """The section of a KMI; raises KeyError."""
+        return next(kmi for kmi in self.kmi if kmi.name == name)

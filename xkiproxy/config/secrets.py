@@ -1,0 +1,111 @@
+"""Secrets never stand in xkiproxy.toml: this is where they come from instead.
+
+A secret is named by a table with one of three keys, or by a plain string for the first:
+
+    { file = "master.key" }              a file that only its owner can read (mode 0600 or 0400)
+    { env = "XKIPROXY_MASTER_KEY" }      an environment variable
+    { credential = "master-key" }        a file of systemd's $CREDENTIALS_DIRECTORY
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from xkiproxy.config.paths import ConfigPath
+
+_MAX_SECRET_SIZE = 1 << 20
+
+
+class SecretError(Exception):
+    """A secret cannot be had; the text says where it was looked for and what to do."""
+
+
+class SecretSource(BaseModel):
+    """Where one secret comes from."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    file: ConfigPath | None = None
+    env: str | None = None
+    credential: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _string_is_file(cls, value: Any) -> Any:
+        return {"file": value} if isinstance(value, str | Path) else value
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> SecretSource:
+        if [self.file, self.env, self.credential].count(None) != 2:
+            raise ValueError("give exactly one of file, env or credential")
+        if self.credential is not None and "/" in self.credential:
+            raise ValueError("credential is a name in $CREDENTIALS_DIRECTORY, without a slash")
+        return self
+
+    def __str__(self) -> str:
+        if self.env is not None:
+            return f"environment variable {self.env}"
+        if self.credential is not None:
+            return f"$CREDENTIALS_DIRECTORY/{self.credential}"
+        return str(self.file)
+
+    def path(self) -> Path:
+        """The file that holds the secret, checked; raises SecretError where there is none."""
+        if self.credential is not None:
+            # The directory's owner (systemd, a secrets volume) answers for its access rights.
+            return _credentials_directory() / self.credential
+        if self.file is None:
+            raise SecretError(f"{self}: this secret must be a file; use file or credential")
+        _check_private(self.file)
+        return self.file
+
+    def read(self) -> str:
+        """The secret as text, without white space around it; raises SecretError."""
+        if self.env is not None:
+            value = os.environ.get(self.env)
+            if not value:
+                raise SecretError(f"environment variable {self.env} is not set")
+            return value.strip()
+        path = self.path()
+        try:
+            with path.open("rb") as file:
+                return file.read(_MAX_SECRET_SIZE).decode("utf-8").strip()
+        except UnicodeDecodeError:
+            raise SecretError(f"{path}: is not UTF-8 text") from None
+        except OSError as error:
+            raise SecretError(f"{path}: {error.strerror}") from None
+
+
+def write_secret_file(path: Path, text: str) -> None:
+    """Write a new file that only its owner can read; raises FileExistsError if it is there."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _credentials_directory() -> Path:
+    directory = os.environ.get("CREDENTIALS_DIRECTORY")
+    if not directory:
+        raise SecretError("$CREDENTIALS_DIRECTORY is not set; systemd sets it with LoadCredential=")
+    return Path(directory)
+
+
+def _check_private(path: Path) -> None:
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise SecretError(f"{path}: {error.strerror}") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise SecretError(f"{path}: is not a regular file")
+    if status.st_uid not in {0, os.geteuid()}:
+        raise SecretError(f"{path}: belongs to user {status.st_uid}; chown it to the proxy's user")
+    if status.st_mode & 0o077:
+        mode = stat.S_IMODE(status.st_mode)
+        raise SecretError(f"{path}: mode {mode:04o} lets others read it; run: chmod 0600 {path}")

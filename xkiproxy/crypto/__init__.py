@@ -1,0 +1,1 @@
+"""What is done with a key, in words that belong to no cloud and no key manager."""

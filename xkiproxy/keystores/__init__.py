@@ -1,0 +1,1 @@
+"""Key stores: the tenants of the proxy, with their credentials, rights, limits and keys."""

@@ -1,0 +1,58 @@
+"""The catalog: what the proxy itself keeps of a key (its state, usage, KMI and dates)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+from xkiproxy.crypto.algorithms import Usage
+
+
+class KeyState(StrEnum):
+    """The state of an external key at the proxy; only ENABLED keys are used."""
+
+    ENABLED = "ENABLED"
+    DISABLED = "DISABLED"
+    PENDING_DELETION = "PENDING_DELETION"
+
+
+@dataclass(frozen=True, slots=True)
+class CatalogEntry:
+    """What the catalog holds of one key; times are seconds since the epoch.
+
+    `deletion_time` is set while the state is PENDING_DELETION: from then on the key is destroyed.
+    """
+
+    kmi: str
+    key_id: str
+    state: KeyState
+    usage: Usage
+    created: float
+    deletion_time: float | None = None
+
+
+class CatalogError(Exception):
+    """The catalog cannot be read or written; the text names the file and what to do."""
+
+
+class Catalog(Protocol):
+    """States of keys, shared by all processes on a host; reads come from memory."""
+
+    def get(self, kmi: str, key_id: str) -> CatalogEntry | None:
+        """From memory, as of the last refresh: cheap enough for every request."""
+        ...
+
+    def entries(self) -> list[CatalogEntry]: ...
+
+    def put(self, entry: CatalogEntry) -> None:
+        """Write durably before returning; raises CatalogError."""
+        ...
+
+    def remove(self, kmi: str, key_id: str) -> None: ...
+
+    def refresh(self) -> None:
+        """Take over what other processes changed; raises CatalogError if it cannot be read."""
+        ...
+
+    def close(self) -> None: ...

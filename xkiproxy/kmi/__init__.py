@@ -1,0 +1,1 @@
+"""Key management infrastructure: where the keys are. Each kind has its folder."""
