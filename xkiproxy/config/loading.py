@@ -85,7 +85,8 @@ def load_config(path: Path) -> Config:
     problems.extend(_check_ties(document))
     if problems:
         raise ConfigError(path, problems)
-    return Config.model_construct(**tables, kmi=tuple(kmis), keystore=tuple(stores))
+    fields: dict[str, Any] = {**tables, "kmi": tuple(kmis), "keystore": tuple(stores)}
+    return Config.model_construct(path=path, **fields)
 
 
 def _read(path: Path) -> dict[str, Any]:

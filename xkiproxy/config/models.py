@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    model_validator,
+)
 
 from xkiproxy.config.paths import ConfigPath
 from xkiproxy.config.secrets import SecretSource
@@ -100,7 +108,7 @@ class SoftwareSettings(KmiSettings):
 
     type: Literal["software"]
     keyring: ConfigPath
-    master_key: SecretSource = Field(default="master.key", validate_default=True)  # type: ignore[assignment]
+    master_key: SecretSource = Field(default="master.key", validate_default=True)
 
 
 KMI_SETTINGS: dict[str, type[KmiSettings]] = {"software": SoftwareSettings}
@@ -131,13 +139,13 @@ class KeystoreSettings(Section):
 class CatalogSettings(Section):
     """Where the states of keys are kept."""
 
-    path: ConfigPath = Field(default="catalog.db", validate_default=True)  # type: ignore[assignment]
+    path: ConfigPath = Field(default="catalog.db", validate_default=True)
 
 
 class AuditSettings(Section):
     """Where the audit log is written, one JSON object a line."""
 
-    path: ConfigPath = Field(default="audit.jsonl", validate_default=True)  # type: ignore[assignment]
+    path: ConfigPath = Field(default="audit.jsonl", validate_default=True)
 
 
 class LogSettings(Section):
@@ -148,10 +156,11 @@ class LogSettings(Section):
 
 
 class Config(Section):
-    """The whole file."""
+    """The whole file, and where it is."""
 
+    path: Path
     server: ServerSettings
-    kmi: tuple[Any, ...]  # subclasses of KmiSettings, validated by their type
+    kmi: tuple[SerializeAsAny[KmiSettings], ...]
     keystore: tuple[KeystoreSettings, ...]
     catalog: CatalogSettings
     audit: AuditSettings
@@ -159,4 +168,4 @@ class Config(Section):
 
     def find_kmi(self, name: str) -> KmiSettings:
         """The section of a KMI; raises KeyError."""
-        return next(kmi for kmi in self.kmi if kmi.name == name)
+        return {kmi.name: kmi for kmi in self.kmi}[name]

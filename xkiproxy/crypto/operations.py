@@ -8,7 +8,7 @@ are kept out of their `repr`, so that a traceback or a log cannot show them.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum, auto
+from enum import Enum, StrEnum, auto
 
 from xkiproxy.crypto.algorithms import (
     BLOCK_SIZE,
@@ -20,6 +20,7 @@ from xkiproxy.crypto.algorithms import (
     Padding,
     Usage,
 )
+from xkiproxy.crypto.wrapping import Wrapping
 
 
 class CiphertextFormat(Enum):
@@ -87,18 +88,40 @@ class Decrypted:
     padding: Padding | None
 
 
+class OutputForm(StrEnum):
+    """In what form random bytes are given out."""
+
+    PLAIN = "PLAIN"
+    PUBLIC_KEY_WRAPPED = "PUBLIC_KEY_WRAPPED"
+    NONE = "NONE"
+    """They are drawn and thrown away."""
+
+
 @dataclass(frozen=True, slots=True)
 class Random:
-    """Draw `length` bytes from the KMI's random generator."""
+    """Draw `length` bytes from the KMI's random generator.
+
+    The KMI draws; `output` and `wrapping` (set with PUBLIC_KEY_WRAPPED) are the key store's part.
+    """
 
     length: int
+    output: OutputForm = OutputForm.PLAIN
+    wrapping: Wrapping | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class RandomBytes:
-    """The answer to `Random`."""
+    """The answer to `Random`: the bytes, what wraps them, or nothing."""
 
     data: bytes = field(repr=False)
+
+
+class KeyState(StrEnum):
+    """The state of an external key at the proxy; only ENABLED keys are used."""
+
+    ENABLED = "ENABLED"
+    DISABLED = "DISABLED"
+    PENDING_DELETION = "PENDING_DELETION"
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,17 +133,55 @@ class Describe:
 
 @dataclass(frozen=True, slots=True)
 class KeyDescription:
-    """The answer to `Describe`: `version` is the newest, `created` in seconds since the epoch."""
+    """The answer to `Describe`: `version` is the newest, `created` in seconds since the epoch.
+
+    A KMI says what it knows; the key store narrows `usage` and sets `state` from the catalog.
+    """
 
     key_id: str
     spec: KeySpec
     usage: Usage
     version: int
     created: float
+    state: KeyState = KeyState.ENABLED
 
 
 Operation = Encrypt | Decrypt | Random | Describe
+"""What a KMI executes."""
+
 Result = Encrypted | Decrypted | RandomBytes | KeyDescription
+
+
+class Availability(StrEnum):
+    """How well a key store can serve."""
+
+    ACTIVE = "ACTIVE"
+    DEGRADED = "DEGRADED"
+    """It serves, with less behind it than it should have."""
+    UNAVAILABLE = "UNAVAILABLE"
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """Ask how a key store is; its answer is in memory, no KMI is asked."""
+
+
+@dataclass(frozen=True, slots=True)
+class KmiHealth:
+    """How one KMI is: its name and type as configured."""
+
+    name: str
+    type: str
+    availability: Availability
+
+
+@dataclass(frozen=True, slots=True)
+class HealthReport:
+    """The answer to `Health`, from deep checks no older than a minute."""
+
+    availability: Availability
+    message: str
+    kmis: tuple[KmiHealth, ...]
 
 
 class Fault(Enum):
@@ -179,9 +240,7 @@ def check_parameters(operation: Encrypt | Decrypt) -> None:
         raise _invalid("aad", f"{algorithm} authenticates no additional data")
     if isinstance(operation, Encrypt):
         if operation.padding is Padding.NONE and len(operation.plaintext) % BLOCK_SIZE:
-            raise _invalid(
-                "plaintext", f"without padding it is whole {BLOCK_SIZE}-byte blocks"
-            )
+            raise _invalid("plaintext", f"without padding it is whole {BLOCK_SIZE}-byte blocks")
     else:
         _check_ciphertext(operation, authenticated)
 

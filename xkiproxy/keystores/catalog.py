@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Protocol
 
 from xkiproxy.crypto.algorithms import Usage
+from xkiproxy.crypto.operations import KeyState
 
-
-class KeyState(StrEnum):
-    """The state of an external key at the proxy; only ENABLED keys are used."""
-
-    ENABLED = "ENABLED"
-    DISABLED = "DISABLED"
-    PENDING_DELETION = "PENDING_DELETION"
+__all__ = ["Catalog", "CatalogEntry", "CatalogError", "KeyState"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,61 @@
+"""`xkiproxy check`."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+
+from xkiproxy.cli.common import DEFAULT_CONFIG, ConfigOption, JsonOption, out, print_json
+from xkiproxy.config import Config, ConfigError, Problem, load_config
+
+
+def check(config: ConfigOption = DEFAULT_CONFIG, as_json: JsonOption = False) -> None:
+    """Check the configuration and everything it points to; name every mistake by its place.
+
+    It opens files, keys and key managers as `serve` would, changes nothing, and may run beside a
+    server.
+
+    Example: xkiproxy check --config /etc/xkiproxy/xkiproxy.toml
+    """
+    problems = _problems(config)
+    if as_json:
+        print_json([{"where": p.where, "what": p.what} for p in problems])
+    if problems:
+        raise ConfigError(config, problems)
+    if not as_json:
+        out.print(f"{config}: no problems", markup=False)
+
+
+def _problems(path: Path) -> list[Problem]:
+    try:
+        settings = load_config(path)
+    except ConfigError as error:
+        return error.problems
+    found = _check_audit(settings)
+    try:
+        asyncio.run(_open_all(settings))
+    except ConfigError as error:
+        found = error.problems + found
+    return found
+
+
+async def _open_all(settings: Config) -> None:
+    from xkiproxy.server.runtime import Runtime  # noqa: PLC0415 - only this command pays for it
+
+    runtime = Runtime(settings)
+    try:
+        await runtime.check_kmis()
+        problems = [Problem("kmi", text) for text in runtime.problems()]
+    finally:
+        await runtime.close()
+    if problems:
+        raise ConfigError(settings.path, problems)
+
+
+def _check_audit(settings: Config) -> list[Problem]:
+    path = settings.audit.path
+    place = path if path.exists() else path.parent
+    if os.access(place, os.W_OK) and not path.is_dir():
+        return []
+    return [Problem("audit.path", f"{path}: cannot be written by this user")]

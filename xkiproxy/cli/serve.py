@@ -1,0 +1,23 @@
+"""`xkiproxy serve`."""
+
+from __future__ import annotations
+
+from xkiproxy.cli.common import DEFAULT_CONFIG, CommandError, ConfigOption
+from xkiproxy.config import load_config
+from xkiproxy.observability.audit import AuditError
+from xkiproxy.observability.logging import configure_logging
+
+
+def serve(config: ConfigOption = DEFAULT_CONFIG) -> None:
+    """Serve requests until SIGTERM, which lets those that have begun finish.
+
+    Example: xkiproxy serve --config /etc/xkiproxy/xkiproxy.toml
+    """
+    settings = load_config(config)
+    configure_logging(settings.log.level, settings.log.format)
+    from xkiproxy.server.serve import run  # noqa: PLC0415 - only this command pays for it
+
+    try:
+        run(settings)
+    except (AuditError, OSError) as error:
+        raise CommandError(str(error)) from None

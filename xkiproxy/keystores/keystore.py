@@ -1,0 +1,161 @@
+"""A key store: who may do what with which key, and the way of an operation to a KMI."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from xkiproxy.crypto.algorithms import Usage
+from xkiproxy.crypto.operations import (
+    Availability,
+    Decrypt,
+    Decrypted,
+    Describe,
+    Encrypt,
+    Encrypted,
+    Fault,
+    HealthReport,
+    KeyDescription,
+    KeyState,
+    KmiHealth,
+    Operation,
+    OperationError,
+    OutputForm,
+    Random,
+    RandomBytes,
+    Result,
+)
+from xkiproxy.crypto.wrapping import wrap
+from xkiproxy.keystores.catalog import Catalog, CatalogEntry
+from xkiproxy.keystores.replay import ReplayWindow
+from xkiproxy.keystores.signing_keys import CachedSigningKeys
+from xkiproxy.kmi.base import KmiState
+from xkiproxy.kmi.dispatcher import Kmi
+
+MAX_CHECK_AGE_SECONDS = 60.0
+"""An older check of a KMI says nothing about it."""
+
+_MAX_WRAPPING = 8
+"""Public-key wrappings at once in a key store; more are refused."""
+
+_AVAILABILITY = {
+    KmiState.CONNECTED: Availability.ACTIVE,
+    KmiState.DEGRADED: Availability.DEGRADED,
+    KmiState.DISCONNECTED: Availability.UNAVAILABLE,
+}
+
+_STATE_FAULTS = {
+    KeyState.DISABLED: (Fault.KEY_DISABLED, "The key is disabled at the proxy."),
+    KeyState.PENDING_DELETION: (Fault.KEY_PENDING_DELETION, "The key awaits its deletion."),
+}
+
+
+class Trail:
+    """What an operation went through, for the audit record."""
+
+    __slots__ = ("key_id", "kmi", "version")
+
+    def __init__(self) -> None:
+        self.key_id = ""
+        self.kmi = ""
+        self.version = 0
+
+
+class KeyStore:
+    """One tenant of the proxy."""
+
+    def __init__(
+        self,
+        name: str,
+        catalog: Catalog,
+        kmis: Sequence[Kmi],
+        signing_keys: CachedSigningKeys,
+        *,
+        deadline: float,
+    ) -> None:
+        """`deadline` is in seconds from a request's arrival."""
+        self.name = name
+        self.kmis = kmis
+        self.signing_keys = signing_keys
+        self.replay = ReplayWindow()
+        self.deadline = deadline
+        self._catalog = catalog
+        self._wrapping = 0
+
+    async def perform(self, operation: Operation, deadline: float, trail: Trail) -> Result:
+        """Check that an operation is allowed and let a KMI execute it; raises OperationError.
+
+        `deadline` is on the clock of `time.monotonic`. `trail` is filled in along the way.
+        """
+        if isinstance(operation, Random):
+            trail.kmi = self.kmis[0].name
+            drawn = await self.kmis[0].submit(operation, deadline)
+            assert isinstance(drawn, RandomBytes)  # noqa: S101 - the KMI's contract
+            return await self._give_out(operation, drawn)
+        trail.key_id = operation.key_id
+        kmi, entry = self._find(operation.key_id)
+        trail.kmi = kmi.name
+        if isinstance(operation, Describe):
+            return _described(await kmi.submit(operation, deadline), entry)
+        _check_state(entry)
+        _check_usage(operation, entry)
+        result = await kmi.submit(operation, deadline)
+        if isinstance(result, Encrypted | Decrypted):
+            trail.version = result.version
+        return result
+
+    def health(self) -> HealthReport:
+        """How this key store is, from the last deep checks of its KMIs."""
+        oldest = time.monotonic() - MAX_CHECK_AGE_SECONDS
+        kmis = tuple(KmiHealth(kmi.name, kmi.type, _availability(kmi, oldest)) for kmi in self.kmis)
+        found = {kmi.availability for kmi in kmis}
+        if len(found) == 1:
+            return HealthReport(found.pop(), "", kmis)
+        return HealthReport(Availability.DEGRADED, "", kmis)
+
+    def _find(self, key_id: str) -> tuple[Kmi, CatalogEntry]:
+        """The first KMI that has the key and is there, else the first that has it."""
+        having = [
+            (kmi, entry) for kmi in self.kmis if (entry := self._catalog.get(kmi.name, key_id))
+        ]
+        if not having:
+            raise OperationError(Fault.KEY_NOT_FOUND, "There is no such key.")
+        present = [pair for pair in having if pair[0].state is not KmiState.DISCONNECTED]
+        return (present or having)[0]
+
+    async def _give_out(self, operation: Random, drawn: RandomBytes) -> RandomBytes:
+        if operation.output is OutputForm.NONE:
+            return RandomBytes(b"")
+        if operation.wrapping is None:
+            return drawn
+        if self._wrapping >= _MAX_WRAPPING:
+            raise OperationError(Fault.THROTTLED, "Too many requests wait for public-key wrapping.")
+        self._wrapping += 1
+        try:
+            # SM2 takes many milliseconds: it must not hold up the event loop.
+            return RandomBytes(await asyncio.to_thread(wrap, operation.wrapping, drawn.data))
+        finally:
+            self._wrapping -= 1
+
+
+def _availability(kmi: Kmi, oldest: float) -> Availability:
+    return _AVAILABILITY[kmi.state] if kmi.checked > oldest else Availability.UNAVAILABLE
+
+
+def _check_state(entry: CatalogEntry) -> None:
+    if entry.state is not KeyState.ENABLED:
+        raise OperationError(*_STATE_FAULTS[entry.state])
+
+
+def _check_usage(operation: Encrypt | Decrypt, entry: CatalogEntry) -> None:
+    wanted = Usage.ENCRYPT if isinstance(operation, Encrypt) else Usage.DECRYPT
+    if not wanted & entry.usage:
+        what = "encryption" if wanted is Usage.ENCRYPT else "decryption"
+        raise OperationError(Fault.USAGE_FORBIDDEN, f"The key may not be used for {what}.")
+
+
+def _described(result: Result, entry: CatalogEntry) -> Result:
+    assert isinstance(result, KeyDescription)  # noqa: S101 - the KMI's contract
+    return replace(result, usage=result.usage & entry.usage, state=entry.state)

@@ -1,0 +1,1 @@
+"""What can be seen from outside: metrics, the audit log, the operator's log."""

@@ -1,0 +1,1 @@
+"""Wire protocols. They are pure: bytes in, operations out; no I/O, no KMI, no web framework."""

@@ -1,0 +1,145 @@
+"""What every protocol offers the gateway, and what it is given.
+
+A protocol turns (path, headers, bytes) into an `Action` and a `Result` into bytes. It names its
+errors in its own words. All protocols share the shape of a path:
+`{prefix}{base_path}/{call}` and `{prefix}{base_path}/keys/{key id}/{call}`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Any
+from typing import Protocol as Interface
+
+from xkiproxy.crypto.operations import (
+    Health,
+    HealthReport,
+    Operation,
+    OperationError,
+    Result,
+)
+
+Action = Operation | Health
+"""What a request asks for."""
+
+Fields = Mapping[str, Any]
+"""A JSON object."""
+
+
+class Trouble(Enum):
+    """Why a request is refused before it is an operation: each protocol has its words for it."""
+
+    NOT_HTTP = auto()
+    NOT_FOUND = auto()
+    METHOD_NOT_ALLOWED = auto()
+    TOO_LARGE = auto()
+    BODY_TIMEOUT = auto()
+    REPLAYED = auto()
+
+
+class Refusal(Exception):
+    """A request refused, in the protocol's words.
+
+    `reason` is for metrics and the audit log, never for the client: one of a fixed set of words,
+    set when the request could not be authenticated.
+    """
+
+    def __init__(self, status: int, code: str, message: str, reason: str = "") -> None:
+        super().__init__(status, code, message, reason)
+        self.status = status
+        self.code = code
+        self.message = message
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class SignedRequest:
+    """The parts of an HTTP request that a signature covers.
+
+    `path` and `query` are as they stood in the request line, still percent-encoded. `headers` are
+    as they came: any case, repeated or not.
+    """
+
+    method: str
+    path: str
+    query: str
+    headers: Sequence[tuple[bytes, bytes]]
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who signed a request. `nonce` may be used once until `expires` (seconds since the epoch)."""
+
+    access_key_id: str
+    nonce: str
+    expires: float
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """What the cloud says of its own request: for the audit log and for policies, opaque."""
+
+    request_id: str = ""
+    operation: str = ""
+    instance: str = ""
+    key_arn: str = ""
+    principal: str = ""
+    source_vpc: str = ""
+    source_ip: str = ""
+    via_service: str = ""
+
+
+class SigningKeys(Interface):
+    """Derived signing keys of the credentials of a key store."""
+
+    def get(
+        self, access_key_id: str, scope: str, derive: Callable[[str], bytes]
+    ) -> tuple[bool, bytes]:
+        """(whether the access key is known, the key that `derive` makes of its secret).
+
+        For an unknown access key a key of the same kind comes back, at the same cost, that no
+        signature can match. `scope` names what else the key depends on (date, region, ...).
+        """
+        ...
+
+
+class Protocol(Interface):
+    """A cloud's wire dialect, with the settings of one key store."""
+
+    name: str
+    base_path: str
+    calls: frozenset[str]
+    """The last part of a path without a key."""
+    key_calls: frozenset[str]
+    """The last part of a path with a key."""
+
+    def authenticate(self, request: SignedRequest, keys: SigningKeys, now: float) -> Identity:
+        """Verify a signature; `now` in seconds since the epoch. Raises Refusal."""
+        ...
+
+    def open(self, call: str, body: bytes) -> tuple[Caller, Fields]:
+        """Parse a request body as far as its metadata. Raises Refusal."""
+        ...
+
+    def decode(self, call: str, key_id: str, fields: Fields) -> Action:
+        """Read the rest of it; `key_id` as it stood in the path. Raises Refusal, OperationError."""
+        ...
+
+    def encode(self, action: Action, result: Result | HealthReport, request_id: str) -> bytes:
+        """The body of an answer with status 200."""
+        ...
+
+    def refuse(self, why: OperationError | Trouble) -> Refusal:
+        """A failure in the words of this protocol."""
+        ...
+
+    def encode_refusal(self, refusal: Refusal, request_id: str) -> bytes:
+        """The body of an error."""
+        ...
+
+    def headers(self, caller_request_id: str) -> dict[str, str]:
+        """The headers of every answer."""
+        ...

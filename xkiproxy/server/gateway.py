@@ -1,0 +1,305 @@
+"""The gateway: one coroutine carries a request from its headers to its answer.
+
+The steps, in order: find the key store by its path; read the body; verify the signature; admit the
+nonce; decode; let the key store perform; encode; write the audit record; count; answer. There is
+no middleware around it and nothing here that a request does not need: this is the hot path.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from typing import Any
+
+from aiohttp.web import BaseRequest, HTTPRequestEntityTooLarge, RequestPayloadError, Response
+from multidict import CIMultiDict
+from prometheus_client import Counter, Histogram
+
+from xkiproxy.crypto.operations import Fault, Health, OperationError
+from xkiproxy.keystores.keystore import KeyStore, Trail
+from xkiproxy.observability.audit import AuditError, AuditLog
+from xkiproxy.observability.metrics import Metrics
+from xkiproxy.protocols.base import Caller, Protocol, Refusal, SignedRequest, Trouble
+from xkiproxy.server.condition import Condition
+
+_log = logging.getLogger(__name__)
+
+_SAMPLED = 64
+"""One request in so many has its stages timed: to time them all would be a stage of its own."""
+
+_CANNOT_SERVE = "The proxy cannot serve at the moment."
+_NOBODY = Caller()
+_SUCCESS = "OK"
+_BODYLESS = frozenset({"GET", "HEAD"})
+
+
+class Tenant:
+    """A key store with its protocol, where it is mounted, and its metrics at hand."""
+
+    def __init__(self, path_prefix: str, protocol: Protocol, store: KeyStore) -> None:
+        self.base = path_prefix + protocol.base_path
+        self.protocol = protocol
+        self.store = store
+        self.durations: dict[str, Histogram] = {}
+        self.counters: dict[tuple[str, str], Counter] = {}
+
+
+class _Exchange:
+    """What is known so far of one request."""
+
+    __slots__ = (
+        "access_key_id", "began", "body_read", "call", "caller", "key_segment", "marks", "reason",
+        "request_id", "source", "trail",
+    )  # fmt: skip
+
+    def __init__(self, call: str, key_segment: str, source: str, timed: bool = False) -> None:
+        self.began = time.monotonic()
+        self.marks: list[tuple[str, float]] | None = [] if timed else None
+        self.request_id = str(uuid.uuid4())
+        self.call = call
+        self.key_segment = key_segment
+        self.source = source
+        self.caller = _NOBODY
+        self.access_key_id = ""
+        self.reason = ""
+        self.trail = Trail()
+        self.body_read = False
+
+    def mark(self, stage: str) -> None:
+        """Note that a stage ends now, on a request whose stages are timed."""
+        if self.marks is not None:
+            self.marks.append((stage, time.monotonic()))
+
+
+class Gateway:
+    """Serves the requests of all key stores on a listener."""
+
+    def __init__(
+        self,
+        tenants: Iterable[Tenant],
+        audit: AuditLog,
+        condition: Condition,
+        metrics: Metrics,
+        *,
+        max_body_bytes: int,
+        body_timeout: float,
+    ) -> None:
+        """`body_timeout` is in seconds, from a request's headers to the end of its body."""
+        self.draining = False
+        self._tenants = {tenant.base: tenant for tenant in tenants}
+        self._audit = audit
+        self._condition = condition
+        self._metrics = metrics
+        self._max_body_bytes = max_body_bytes
+        self._body_timeout = body_timeout
+        self._count = 0
+        self._in_flight = metrics.requests_in_flight
+
+    async def handle(self, http: BaseRequest) -> Response:
+        """Answer one request; never raises."""
+        path, _, query = http.raw_path.partition("?")
+        tenant, call, key_segment = self._route(path)
+        if tenant is None:
+            return self._answer_stranger(path)
+        self._count += 1
+        timed = self._count % _SAMPLED == 0
+        exchange = _Exchange(call, key_segment, http.remote or "", timed)
+        self._in_flight.inc()
+        try:
+            outcome = await self._serve(tenant, http, path, query, exchange)
+            status, code, body = self._write_audit(tenant, exchange, *outcome)
+        finally:
+            self._in_flight.dec()
+        exchange.mark("audit")
+        self._observe(tenant, exchange, code)
+        return self._response(tenant.protocol, exchange, status, body)
+
+    def _route(self, path: str) -> tuple[Tenant | None, str, str]:
+        """The key store, the call and the key segment that a path names."""
+        head, _, call = path.rpartition("/")
+        tenant = self._tenants.get(head)
+        if tenant is not None:
+            return (tenant if call in tenant.protocol.calls else None), call, ""
+        head, _, key_segment = head.rpartition("/")
+        head, _, keys = head.rpartition("/")
+        tenant = self._tenants.get(head)
+        if tenant is None or keys != "keys" or call not in tenant.protocol.key_calls:
+            return None, "", ""
+        return tenant, call, key_segment
+
+    async def _serve(
+        self,
+        tenant: Tenant,
+        http: BaseRequest,
+        path: str,
+        query: str,
+        exchange: _Exchange,
+    ) -> tuple[int, str, bytes]:
+        """(status, code, body): the outcome of a request, whatever happens to it."""
+        protocol = tenant.protocol
+        try:
+            return 200, _SUCCESS, await self._work(tenant, http, path, query, exchange)
+        except Refusal as error:
+            refusal = error
+        except OperationError as error:
+            refusal = protocol.refuse(error)
+        except Exception:
+            # The traceback of a fault of ours; messages and `repr`s hold no secrets.
+            _log.exception("request %s failed", exchange.request_id)
+            refusal = protocol.refuse(OperationError(Fault.INTERNAL, "An internal error."))
+        exchange.reason = refusal.reason
+        return refusal.status, refusal.code, protocol.encode_refusal(refusal, exchange.request_id)
+
+    async def _work(
+        self, tenant: Tenant, http: BaseRequest, path: str, query: str, exchange: _Exchange
+    ) -> bytes:
+        """The body of a good answer; raises Refusal or OperationError."""
+        protocol, store = tenant.protocol, tenant.store
+        if http.method != "POST":
+            exchange.body_read = http.method in _BODYLESS
+            raise protocol.refuse(Trouble.METHOD_NOT_ALLOWED)
+        if self._condition.reasons:
+            raise OperationError(Fault.UNAVAILABLE, _CANNOT_SERVE)
+        body = await self._read_body(http, protocol)
+        exchange.body_read = True
+        exchange.mark("read")
+
+        request = SignedRequest(http.method, path, query, http._message.raw_headers, body)
+        now = time.time()
+        identity = protocol.authenticate(request, store.signing_keys, now)
+        if not store.replay.admit(identity.access_key_id, identity.nonce, identity.expires, now):
+            raise protocol.refuse(Trouble.REPLAYED)
+        exchange.access_key_id = identity.access_key_id
+        exchange.mark("authenticate")
+
+        exchange.caller, fields = protocol.open(exchange.call, body)
+        action = protocol.decode(exchange.call, exchange.key_segment, fields)
+        exchange.mark("decode")
+
+        if isinstance(action, Health):
+            return protocol.encode(action, store.health(), exchange.request_id)
+        deadline = exchange.began + store.deadline
+        result = await store.perform(action, deadline, exchange.trail)
+        exchange.mark("perform")
+        answer = protocol.encode(action, result, exchange.request_id)
+        exchange.mark("encode")
+        return answer
+
+    async def _read_body(self, http: BaseRequest, protocol: Protocol) -> bytes:
+        """The whole body, refused as soon as it is known to be too large."""
+        length = http.content_length
+        if length is not None and length > self._max_body_bytes:
+            raise protocol.refuse(Trouble.TOO_LARGE)
+        try:
+            if http.content.is_eof():
+                return await http.read()
+            if http.headers.get("Expect", "").lower() == "100-continue":
+                await http.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+                http.writer.output_size = 0
+            async with asyncio.timeout(self._body_timeout):
+                return await http.read()
+        except (ConnectionError, RequestPayloadError):
+            raise protocol.refuse(Trouble.NOT_HTTP) from None
+        except HTTPRequestEntityTooLarge:
+            raise protocol.refuse(Trouble.TOO_LARGE) from None
+        except TimeoutError:
+            raise protocol.refuse(Trouble.BODY_TIMEOUT) from None
+
+    def _write_audit(
+        self, tenant: Tenant, exchange: _Exchange, status: int, code: str, body: bytes
+    ) -> tuple[int, str, bytes]:
+        """The outcome as it may leave: as it is once its record is written, else a 503."""
+        caller, trail = exchange.caller, exchange.trail
+        record: dict[str, Any] = {
+            "time": datetime.now(UTC),
+            "request_id": exchange.request_id,
+            "kms_request_id": caller.request_id,
+            "keystore": tenant.store.name,
+            "operation": exchange.call,
+            "key": trail.key_id or exchange.key_segment[:_MAX_KEY_SEGMENT],
+            "key_version": trail.version or None,
+            "access_key_id": exchange.access_key_id,
+            "principal": caller.principal,
+            "instance": caller.instance,
+            "kms_operation": caller.operation,
+            "kms_key_arn": caller.key_arn,
+            "source_vpc": caller.source_vpc,
+            "source_ip": caller.source_ip,
+            "source": exchange.source,
+            "kmi": trail.kmi,
+            "status": status,
+            "code": code,
+            "duration_us": int((time.monotonic() - exchange.began) * 1e6),
+        }
+        if exchange.reason:
+            record["reason"] = exchange.reason
+        try:
+            self._audit.write(record)
+        except AuditError as error:
+            self._condition.fail("audit", str(error))
+            refusal = tenant.protocol.refuse(OperationError(Fault.UNAVAILABLE, _CANNOT_SERVE))
+            answer = tenant.protocol.encode_refusal(refusal, exchange.request_id)
+            return refusal.status, refusal.code, answer
+        self._metrics.audit_records.inc()
+        return status, code, body
+
+    def _observe(self, tenant: Tenant, exchange: _Exchange, code: str) -> None:
+        call = exchange.call
+        duration = tenant.durations.get(call)
+        if duration is None:
+            labels = (tenant.store.name, tenant.protocol.name, call)
+            duration = self._metrics.request_duration.labels(*labels)
+            tenant.durations[call] = duration
+        duration.observe(time.monotonic() - exchange.began)
+        counter = tenant.counters.get((call, code))
+        if counter is None:
+            labels = (tenant.store.name, tenant.protocol.name, call)
+            counter = self._metrics.requests.labels(*labels, code)
+            tenant.counters[call, code] = counter
+        counter.inc()
+        if exchange.reason:
+            self._metrics.auth_failures.labels(tenant.store.name, exchange.reason).inc()
+        if exchange.marks:
+            self._observe_stages(exchange.began, exchange.marks)
+
+    def _observe_stages(self, start: float, marks: list[tuple[str, float]]) -> None:
+        for stage, end in marks:
+            self._metrics.stage_duration.labels(stage).observe(end - start)
+            start = end
+
+    def _response(
+        self, protocol: Protocol, exchange: _Exchange, status: int, body: bytes
+    ) -> Response:
+        headers = CIMultiDict(protocol.headers(exchange.caller.request_id))
+        headers["Content-Type"] = "application/json"
+        headers["Server"] = "xkiproxy"
+        response = Response(status=status, body=body, headers=headers)
+        if self.draining or not exchange.body_read:
+            response.force_close()
+        return response
+
+    def _answer_stranger(self, path: str) -> Response:
+        """A request to no key store: answered in the protocol that its path looks like."""
+        protocols = [tenant.protocol for tenant in self._tenants.values()]
+        looks = [protocol for protocol in protocols if protocol.base_path in path]
+        return self.refuse_unserved((looks or protocols)[0], Trouble.NOT_FOUND)
+
+    def refuse_unserved(self, protocol: Protocol, trouble: Trouble) -> Response:
+        """The answer to what never became a request to a key store; the connection ends with it."""
+        exchange = _Exchange("", "", "")
+        refusal = protocol.refuse(trouble)
+        self._metrics.requests.labels("", protocol.name, "", refusal.code).inc()
+        body = protocol.encode_refusal(refusal, exchange.request_id)
+        return self._response(protocol, exchange, refusal.status, body)
+
+    def answer_not_http(self) -> Response:
+        """The answer to bytes that are no HTTP request."""
+        protocol = next(iter(self._tenants.values())).protocol
+        return self.refuse_unserved(protocol, Trouble.NOT_HTTP)
+
+
+_MAX_KEY_SEGMENT = 128

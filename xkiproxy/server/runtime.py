@@ -1,0 +1,215 @@
+"""The parts of a running proxy, built from the configuration, and what keeps them fresh."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any, TypeVar
+
+from xkiproxy import __version__
+from xkiproxy.config import Config, ConfigError, Problem
+from xkiproxy.config.models import KeystoreSettings, KmiSettings
+from xkiproxy.config.secrets import SecretError
+from xkiproxy.crypto.operations import KeyState
+from xkiproxy.keystores.catalog import CatalogError
+from xkiproxy.keystores.credentials import CredentialError, load_credentials
+from xkiproxy.keystores.keystore import KeyStore
+from xkiproxy.keystores.lifecycle import purge_due
+from xkiproxy.keystores.signing_keys import CachedSigningKeys
+from xkiproxy.keystores.sqlite_catalog import SqliteCatalog
+from xkiproxy.kmi.base import KeyManagerError, KmiState
+from xkiproxy.kmi.dispatcher import InlineKmi, KmiMetrics
+from xkiproxy.kmi.registry import open_inline_lane, open_key_manager
+from xkiproxy.observability.audit import AuditError, AuditLog
+from xkiproxy.observability.metrics import Metrics
+from xkiproxy.protocols.registry import PROTOCOLS
+from xkiproxy.server.condition import Condition
+from xkiproxy.server.gateway import Tenant
+from xkiproxy.server.tls import TlsError, load_certificate, server_context
+
+_log = logging.getLogger(__name__)
+_Part = TypeVar("_Part")
+
+_REFRESH_SECONDS = 0.25
+_AUDIT_SECONDS = 1.0
+_CHECK_SECONDS = 20.0
+_PURGE_SECONDS = 60.0
+
+_MISTAKES = (
+    CatalogError, CredentialError, KeyManagerError, OSError, SecretError, TlsError,
+)  # fmt: skip
+
+
+class Runtime:
+    """Everything that serves requests, but for the sockets and the audit log's file."""
+
+    def __init__(self, config: Config) -> None:
+        """Open all parts; raises ConfigError with every problem that was found."""
+        self.config = config
+        self.metrics = Metrics()
+        self.condition = Condition()
+        self.started = datetime.now(UTC)
+        self._problems: list[Problem] = []
+        self.context = self._try("server.tls", self._tls_context)
+        self.catalog = self._try("catalog.path", lambda: SqliteCatalog(config.catalog.path))
+        self.kmis = {
+            kmi.name: self._try(f"kmi[{i}]", self._kmi_opener(kmi))
+            for i, kmi in enumerate(config.kmi)
+        }
+        self.tenants = [
+            self._try(f"keystore[{i}]", self._tenant_opener(settings))
+            for i, settings in enumerate(config.keystore)
+        ]
+        if self._problems:
+            raise ConfigError(config.path, self._problems)
+
+    def _try(self, where: str, open_part: Callable[[], _Part]) -> _Part:
+        """Open a part; a mistake is noted, so that one run finds all of them."""
+        try:
+            return open_part()
+        except _MISTAKES as error:
+            self._problems.append(Problem(where, str(error)))
+            return None  # type: ignore[return-value] # nothing is used once there are problems
+
+    def _tls_context(self) -> Any:
+        tls = self.config.server.tls
+        if tls is None:
+            return None
+        expiry = load_certificate(tls.certificate).not_valid_after_utc
+        self.metrics.certificate_expiry.labels("public").set(expiry.timestamp())
+        return server_context(tls)
+
+    def _kmi_opener(self, settings: KmiSettings) -> Callable[[], InlineKmi]:
+        def open_kmi() -> InlineKmi:
+            metrics = KmiMetrics(self.metrics, settings.name)
+            return InlineKmi(settings.name, settings.type, open_inline_lane(settings), metrics)
+
+        return open_kmi
+
+    def _tenant_opener(self, settings: KeystoreSettings) -> Callable[[], Tenant]:
+        def open_tenant() -> Tenant:
+            credentials = load_credentials(settings.credentials)
+            store = KeyStore(
+                settings.name,
+                self.catalog,
+                [self.kmis[name] for name in settings.kmi],
+                CachedSigningKeys(credentials),
+                deadline=settings.deadline_ms / 1000,
+            )
+            return Tenant(settings.path_prefix, PROTOCOLS[settings.protocol](settings), store)
+
+        return open_tenant
+
+    async def close(self) -> None:
+        """Close what was opened."""
+        for kmi in self.kmis.values():
+            await kmi.close()
+        self.catalog.close()
+
+    async def check_kmis(self) -> None:
+        """A deep check of every KMI."""
+        await asyncio.gather(*(kmi.check() for kmi in self.kmis.values()))
+
+    async def keep_fresh(self, audit: AuditLog) -> None:
+        """Housekeeping, until cancelled."""
+        await asyncio.gather(
+            _every(_REFRESH_SECONDS, self._refresh),
+            _every(_AUDIT_SECONDS, lambda: self._check_audit(audit)),
+            _every(_CHECK_SECONDS, self.check_kmis),
+            _every(_PURGE_SECONDS, self._purge),
+        )
+
+    async def _refresh(self) -> None:
+        """Take over what the command line changed: a change of state holds within a second."""
+        try:
+            self.catalog.refresh()
+        except CatalogError as error:
+            # A key may have been disabled meanwhile: nothing may be served on an old state.
+            self.condition.fail("catalog", str(error))
+        else:
+            self.condition.recover("catalog")
+        for kmi in self.kmis.values():
+            kmi.refresh()
+
+    async def _check_audit(self, audit: AuditLog) -> None:
+        try:
+            audit.check()
+        except AuditError as error:
+            self.condition.fail("audit", str(error))
+        else:
+            self.condition.recover("audit")
+
+    async def _purge(self) -> None:
+        now = time.time()
+        due = [e for e in self.catalog.entries() if e.state is KeyState.PENDING_DELETION]
+        if any(entry.deletion_time is not None and entry.deletion_time <= now for entry in due):
+            await asyncio.to_thread(_purge_due, self.config, now)
+
+    def problems(self) -> list[str]:
+        """Why the proxy is not ready; empty when it is."""
+        found = [f"{part}: {reason}" for part, reason in self.condition.reasons.items()]
+        for kmi in self.kmis.values():
+            if kmi.state is KmiState.DISCONNECTED:
+                found.append(f"kmi {kmi.name} is disconnected: {kmi.error}")
+        return found
+
+    def status(self) -> dict[str, Any]:
+        """What /status shows: no secret, nothing of a request."""
+        now = time.monotonic()
+        return {
+            "version": __version__,
+            "pid": os.getpid(),
+            "started": self.started.isoformat(timespec="seconds"),
+            "ready": not self.problems(),
+            "problems": self.problems(),
+            "keystores": [_store_status(tenant) for tenant in self.tenants],
+            "kmis": [
+                {
+                    "name": kmi.name,
+                    "type": kmi.type,
+                    "state": kmi.state.value,
+                    "error": kmi.error,
+                    "checked_seconds_ago": round(max(0.0, now - kmi.checked), 1)
+                    if kmi.checked > 0
+                    else None,
+                }
+                for kmi in self.kmis.values()
+            ],
+        }
+
+
+def _store_status(tenant: Tenant) -> dict[str, Any]:
+    return {
+        "name": tenant.store.name,
+        "protocol": tenant.protocol.name,
+        "path": tenant.base,
+        "availability": tenant.store.health().availability.value,
+        "kmis": [kmi.name for kmi in tenant.store.kmis],
+    }
+
+
+def _purge_due(config: Config, now: float) -> None:
+    """Destroy the keys whose time has come; in a thread, with connections of its own."""
+    catalog = SqliteCatalog(config.catalog.path)
+    managers = {kmi.name: open_key_manager(kmi) for kmi in config.kmi}
+    try:
+        for entry in purge_due(catalog, managers, now):
+            _log.warning("key %s of KMI %s was destroyed as scheduled", entry.key_id, entry.kmi)
+    finally:
+        for manager in managers.values():
+            manager.close()
+        catalog.close()
+
+
+async def _every(seconds: float, work: Callable[[], Any]) -> None:
+    while True:
+        try:
+            await work()
+        except Exception:
+            # Housekeeping must outlive a fault in one of its rounds.
+            _log.exception("housekeeping failed")
+        await asyncio.sleep(seconds)

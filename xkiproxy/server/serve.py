@@ -1,0 +1,79 @@
+"""Start, serve and stop: the life of the server process."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from contextlib import AsyncExitStack, suppress
+
+import uvloop
+from aiohttp import web
+
+from xkiproxy import __version__
+from xkiproxy.config import Config
+from xkiproxy.observability.audit import AuditLog
+from xkiproxy.server.admin import admin_app
+from xkiproxy.server.gateway import Gateway
+from xkiproxy.server.listener import Listener, bind
+from xkiproxy.server.runtime import Runtime
+
+_log = logging.getLogger(__name__)
+
+
+def run(config: Config) -> None:
+    """Serve until SIGTERM or SIGINT.
+
+    Raises:
+        ConfigError: a part of the configuration cannot be used.
+        AuditError: the audit log cannot be opened.
+        OSError: a listener cannot be opened.
+    """
+    uvloop.run(_serve(config))
+
+
+async def _serve(config: Config) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with AsyncExitStack() as stack:
+        runtime = Runtime(config)
+        stack.push_async_callback(runtime.close)
+        audit = AuditLog(config.audit.path)
+        stack.callback(audit.close)
+        await runtime.check_kmis()
+        listener = await _open_listeners(config, runtime, audit, stack)
+        housekeeping = asyncio.create_task(runtime.keep_fresh(audit))
+        stack.push_async_callback(_cancel, housekeeping)
+        stack.push_async_callback(listener.drain)
+        scheme = "https" if config.server.tls else "http"
+        _log.info("xkiproxy %s serves %s://%s:%d", __version__, scheme, *listener.address)
+        await stop.wait()
+        _log.info("stopping: requests that have begun are finished")
+
+
+async def _open_listeners(
+    config: Config, runtime: Runtime, audit: AuditLog, stack: AsyncExitStack
+) -> Listener:
+    gateway = Gateway(
+        runtime.tenants,
+        audit,
+        runtime.condition,
+        runtime.metrics,
+        max_body_bytes=config.server.max_body_bytes,
+        body_timeout=config.server.body_timeout_seconds,
+    )
+    admin = web.AppRunner(admin_app(runtime), access_log=None)
+    await admin.setup()
+    stack.push_async_callback(admin.cleanup)
+    await web.SockSite(admin, bind(config.server.admin_listen)).start()
+    listener = Listener(gateway, config.server, runtime.context)
+    await listener.open()
+    return listener
+
+
+async def _cancel(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
