@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from xkiproxy import __version__
-from xkiproxy.cli import keys
+from xkiproxy.cli import call, check, credentials, fingerprint, init, keys, kms_config, serve
 from xkiproxy.cli.common import CommandError, err
 from xkiproxy.config import ConfigError
 from xkiproxy.config.secrets import SecretError
@@ -23,7 +23,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # its tracebacks show local variables: secrets among them
     help="The proxy between a cloud's key management service and keys that stay at home.",
 )
+app.command("init")(init.init)
+app.command("serve")(serve.serve)
+app.command("check")(check.check)
+app.command("serve")(serve.serve)
+app.command("check")(check.check)
 app.add_typer(keys.app, name="keys")
+app.add_typer(credentials.app, name="credentials")
+app.command("fingerprint")(fingerprint.fingerprint)
+app.command("kms-config")(kms_config.kms_config)
+app.add_typer(call.app, name="call")
 
 
 def _print_version(wanted: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -47,6 +48,13 @@ class Catalog(Protocol):
 
     def refresh(self) -> None:
         """Take over what other processes changed; raises CatalogError if it cannot be read."""
+        ...
+
+    def locked(self) -> AbstractContextManager[None]:
+        """Refresh, and let no other process write until the end of the block.
+
+        For changes that depend on what is there. Raises CatalogError.
+        """
         ...
 
     def close(self) -> None: ...

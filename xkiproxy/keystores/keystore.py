@@ -28,7 +28,7 @@ from xkiproxy.crypto.operations import (
     Result,
 )
 from xkiproxy.crypto.wrapping import wrap
-from xkiproxy.keystores.catalog import Catalog, CatalogEntry
+from xkiproxy.keystores.catalog import Catalog, CatalogEntry, CatalogError
 from xkiproxy.keystores.replay import ReplayWindow
 from xkiproxy.keystores.signing_keys import CachedSigningKeys
 from xkiproxy.kmi.base import KmiState
@@ -117,13 +117,26 @@ class KeyStore:
 
     def _find(self, key_id: str) -> tuple[Kmi, CatalogEntry]:
         """The first KMI that has the key and is there, else the first that has it."""
-        having = [
-            (kmi, entry) for kmi in self.kmis if (entry := self._catalog.get(kmi.name, key_id))
-        ]
+        having = self._having(key_id)
+        if not having:
+            # It may have been made a moment ago, by the command line.
+            self._refresh_catalog()
+            having = self._having(key_id)
         if not having:
             raise OperationError(Fault.KEY_NOT_FOUND, "There is no such key.")
         present = [pair for pair in having if pair[0].state is not KmiState.DISCONNECTED]
         return (present or having)[0]
+
+    def _having(self, key_id: str) -> list[tuple[Kmi, CatalogEntry]]:
+        found = ((kmi, self._catalog.get(kmi.name, key_id)) for kmi in self.kmis)
+        return [(kmi, entry) for kmi, entry in found if entry is not None]
+
+    def _refresh_catalog(self) -> None:
+        try:
+            self._catalog.refresh()
+        except CatalogError:
+            # The server's housekeeping meets the same error, says it and stops serving.
+            raise OperationError(Fault.UNAVAILABLE, "The catalog cannot be read.") from None
 
     async def _give_out(self, operation: Random, drawn: RandomBytes) -> RandomBytes:
         if operation.output is OutputForm.NONE:

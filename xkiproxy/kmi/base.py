@@ -8,6 +8,7 @@ the command line. A kind whose operations cost less than a queue (`software`) of
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -15,6 +16,8 @@ from typing import Protocol
 
 from xkiproxy.crypto.algorithms import KeySpec, Usage
 from xkiproxy.crypto.operations import Operation, OperationError, Result
+
+_KEY_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
 class KmiState(StrEnum):
@@ -107,3 +110,15 @@ class KeyManager(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+def check_key_id(key_id: str) -> None:
+    """Refuse an ID that could not stand in a request's path.
+
+    Raises:
+        KeyManagerError: it is not 1 to 128 of A-Z a-z 0-9 . _ -, or is "." or "..".
+    """
+    if not _KEY_ID.fullmatch(key_id) or key_id in {".", ".."}:
+        raise KeyManagerError(
+            f"key ID {key_id[:128]!r}: must be 1 to 128 of A-Z a-z 0-9 . _ - and not . or .."
+        )

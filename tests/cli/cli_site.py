@@ -1,0 +1,84 @@
+"""What the tests of the command line share; the fixtures stand in conftest.py."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ACCESS_KEY_ID = "XKIABCDEFGHIJKLMNOPQRSTU"
+ACCESS_KEY_SECRET = "the-secret-of-the-tests-0123456789-abcdefgh"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    status: int
+    out: str
+    err: str
+
+    def json(self) -> Any:
+        assert self.status == 0, self.err
+        return json.loads(self.out)
+
+
+Run = Callable[..., Outcome]
+
+
+CONFIG = """\
+[server]
+listen = "127.0.0.1:{port}"
+[server.tls]
+certificate = "tls/server.crt"
+private_key = "tls/server.key"
+[[kmi]]
+name = "local"
+type = "software"
+keyring = "keyring.db"
+[[keystore]]
+name = "demo"
+protocol = "xki"
+path_prefix = "/demo"
+kmi = ["local"]
+credentials = "credentials/demo.toml"
+"""
+
+SECOND = """\
+[[keystore]]
+name = "second"
+protocol = "xki"
+path_prefix = "/second"
+kmi = ["local"]
+credentials = {credentials}
+"""
+
+
+@dataclass(frozen=True)
+class Site:
+    """A directory with a configuration, a certificate and a credential; nothing runs on it."""
+
+    directory: Path
+
+    @property
+    def config(self) -> Path:
+        return self.directory / "xkiproxy.toml"
+
+    @property
+    def credentials(self) -> Path:
+        return self.directory / "credentials" / "demo.toml"
+
+    @property
+    def certificate(self) -> Path:
+        return self.directory / "tls" / "server.crt"
+
+    @property
+    def private_key(self) -> Path:
+        return self.directory / "tls" / "server.key"
+
+    def listen_on(self, port: int) -> None:
+        self.config.write_text(CONFIG.format(port=port))
+
+    def add_keystore(self, credentials: str) -> None:
+        """A key store named second; `credentials` is TOML."""
+        self.config.write_text(self.config.read_text() + SECOND.format(credentials=credentials))

@@ -1,0 +1,92 @@
+"""`xkiproxy kms-config`: the four values, and where the secret goes."""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+
+import pytest
+from cli_site import ACCESS_KEY_ID, ACCESS_KEY_SECRET, Run, Site
+
+from xkiproxy.cli.kms_config import program
+
+
+def test_the_four_values(run: Run, site: Site) -> None:
+    fingerprint = run("fingerprint", "-c", site.config, "--json").json()["certificate_sha256"]
+    values = run("kms-config", "--config", site.config, "--json").json()
+    assert values == {
+        "ExternalProxyPath": "/demo/kms/xki/v1",
+        "CertificateFingerprint": fingerprint,
+        "AccessKeyId": ACCESS_KEY_ID,
+        "AccessKeySecret": ACCESS_KEY_SECRET,
+    }
+    people = run("kms-config", "--config", site.config)
+    assert all(value in people.out for value in values.values())
+    for name in ("External Proxy Path", "Certificate Fingerprint", "AccessKey Secret"):
+        assert name in people.out
+    assert f"call health --config {site.config}" in people.out
+    assert "--keystore" not in people.out
+
+
+def test_a_file_for_upload(run: Run, site: Site, tmp_path: Path) -> None:
+    file = tmp_path / "kms.json"
+    written = run("kms-config", "--config", site.config, "--output", file)
+    assert written.status == 0
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert json.loads(file.read_text()) == run("kms-config", "-c", site.config, "--json").json()
+    assert ACCESS_KEY_SECRET not in written.out + written.err
+    again = run("kms-config", "--config", site.config, "--output", file)
+    assert (again.status, "is there already" in again.err) == (1, True)
+    nowhere = run("kms-config", "--config", site.config, "--output", tmp_path / "no" / "file")
+    assert (nowhere.status, "No such file" in nowhere.err) == (1, True)
+
+
+def test_the_newest_credential_or_the_one_that_was_asked_for(run: Run, site: Site) -> None:
+    added = run("credentials", "add", "--config", site.config, "--json").json()
+    values = run("kms-config", "--config", site.config, "--json").json()
+    assert values["AccessKeyId"] == added["access_key_id"]
+    older = run("kms-config", "--access-key-id", ACCESS_KEY_ID, "-c", site.config, "--json")
+    assert older.json()["AccessKeyId"] == ACCESS_KEY_ID
+    unknown = run("kms-config", "--access-key-id", "XKINOBODY", "-c", site.config)
+    assert (unknown.status, "no credential XKINOBODY" in unknown.err) == (1, True)
+
+
+def test_no_credentials(run: Run, site: Site) -> None:
+    run("credentials", "revoke", ACCESS_KEY_ID, "--force", "--config", site.config)
+    failed = run("kms-config", "--config", site.config)
+    assert (failed.status, "credentials add" in failed.err) == (1, True)
+
+
+def test_key_stores_are_told_apart(run: Run, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    site.add_keystore('{ env = "SECOND_CREDENTIALS" }')
+    monkeypatch.setenv("SECOND_CREDENTIALS", site.credentials.read_text())
+    ambiguous = run("kms-config", "--config", site.config)
+    assert (ambiguous.status, "demo, second" in ambiguous.err) == (1, True)
+    chosen = run("kms-config", "--keystore", "second", "--config", site.config)
+    assert "/second/kms/xki/v1" in chosen.out
+    assert "--keystore second" in chosen.out
+
+
+def test_the_line_names_the_program_that_ran(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = tmp_path / "bin" / "xkiproxy"
+    started.parent.mkdir()
+    started.write_text("#!/bin/sh\n")
+    started.chmod(0o755)
+    monkeypatch.setattr("sys.argv", [str(started)])
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert program() == [str(started)]
+    monkeypatch.setenv("PATH", str(started.parent))
+    assert program() == ["xkiproxy"]
+    monkeypatch.setattr("sys.argv", ["/somewhere/__main__.py"])
+    assert program()[1:] == ["-m", "xkiproxy"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "/nonexistent")
+    monkeypatch.setattr("sys.argv", ["bin/xkiproxy"])
+    assert program() == [str(started)]
+
+
+def test_help_has_an_example(run: Run) -> None:
+    assert "Example: xkiproxy kms-config" in run("kms-config", "--help").out

@@ -1,0 +1,250 @@
+"""The life of a key, with a real keyring and a real catalog."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from xkiproxy.crypto.algorithms import KeySpec, Usage
+from xkiproxy.crypto.operations import KeyState
+from xkiproxy.keystores import lifecycle
+from xkiproxy.keystores.catalog import CatalogEntry
+from xkiproxy.keystores.lifecycle import ManagedKey
+from xkiproxy.keystores.sqlite_catalog import SqliteCatalog
+from xkiproxy.kmi.base import KeyManagerError
+from xkiproxy.kmi.software import Keyring, create_keyring, new_master_key
+
+DAY = 86_400
+
+
+class Host:
+    """One process's view: a catalog and a keyring, opened for itself."""
+
+    def __init__(self, folder: Path, master_key: str) -> None:
+        self.catalog = SqliteCatalog(folder / "catalog.db")
+        self.keyring = Keyring(folder / "keyring.db", master_key)
+
+    def create(self, key_id: str, usage: Usage = Usage.BOTH) -> ManagedKey:
+        return lifecycle.create_key(
+            self.catalog, self.keyring, "local", key_id, KeySpec.AES_256, usage
+        )
+
+    def show(self, key_id: str) -> ManagedKey:
+        return lifecycle.show_key(self.catalog, self.keyring, "local", key_id)
+
+    def enable(self, key_id: str, usage: Usage | None = None) -> ManagedKey:
+        return lifecycle.enable_key(self.catalog, self.keyring, "local", key_id, usage)
+
+    def disable(self, key_id: str) -> ManagedKey:
+        return lifecycle.disable_key(self.catalog, self.keyring, "local", key_id)
+
+    def rotate(self, key_id: str) -> ManagedKey:
+        return lifecycle.rotate_key(self.catalog, self.keyring, "local", key_id)
+
+    def delete(self, key_id: str, days: int = 7) -> ManagedKey:
+        return lifecycle.schedule_deletion(self.catalog, self.keyring, "local", key_id, days)
+
+    def cancel(self, key_id: str) -> ManagedKey:
+        return lifecycle.cancel_deletion(self.catalog, self.keyring, "local", key_id)
+
+    def purge(self, now: float) -> list[CatalogEntry]:
+        return lifecycle.purge_due(self.catalog, {"local": self.keyring}, now)
+
+    def close(self) -> None:
+        self.catalog.close()
+        self.keyring.close()
+
+
+@pytest.fixture
+def hosts(tmp_path: Path) -> Iterator[tuple[Host, Host]]:
+    master_key = new_master_key()
+    create_keyring(tmp_path / "keyring.db", master_key)
+    pair = Host(tmp_path, master_key), Host(tmp_path, master_key)
+    yield pair
+    for host in pair:
+        host.close()
+
+
+@pytest.fixture
+def host(hosts: tuple[Host, Host]) -> Host:
+    return hosts[0]
+
+
+def test_create_enables(host: Host) -> None:
+    key = host.create("k", Usage.ENCRYPT)
+    assert (key.state, key.usage, key.version) == ("ENABLED", Usage.ENCRYPT, 1)
+    assert (key.spec, key.problem, key.deletion_time) == (KeySpec.AES_256, "", None)
+    assert host.show("k") == key
+
+
+def test_create_refuses_what_is_there(host: Host) -> None:
+    host.create("k")
+    with pytest.raises(KeyManagerError, match="already"):
+        host.create("k")
+    host.keyring.create("half", KeySpec.AES_256)
+    with pytest.raises(KeyManagerError, match="keys enable half"):
+        host.create("half")
+    host.keyring.destroy("k")
+    with pytest.raises(KeyManagerError, match="has lost it"):
+        host.create("k")
+    with pytest.raises(KeyManagerError, match="1 to 128"):
+        host.create("no/slash")
+
+
+def test_a_key_of_an_interrupted_creation(host: Host) -> None:
+    host.keyring.create("k", KeySpec.SM4)
+    assert host.show("k").state == lifecycle.UNREGISTERED
+    assert host.catalog.get("local", "k") is None
+    key = host.enable("k", Usage.DECRYPT)
+    assert (key.state, key.usage) == ("ENABLED", Usage.DECRYPT)
+    with pytest.raises(KeyManagerError, match="usage was set"):
+        host.enable("k", Usage.BOTH)
+    assert host.enable("k").usage is Usage.DECRYPT
+
+
+def test_enable_and_disable_can_be_repeated(host: Host) -> None:
+    host.create("k")
+    assert [host.disable("k").state for _ in range(2)] == ["DISABLED"] * 2
+    assert [host.enable("k").state for _ in range(2)] == ["ENABLED"] * 2
+
+
+def test_rotate(host: Host) -> None:
+    host.create("k")
+    assert host.rotate("k").version == 2
+    host.disable("k")
+    assert host.rotate("k").version == 3
+
+
+def test_unknown_keys(host: Host) -> None:
+    for change in (host.show, host.enable, host.disable, host.rotate, host.delete, host.cancel):
+        with pytest.raises(KeyManagerError, match="keys list"):
+            change("k")
+    assert host.catalog.entries() == []
+
+
+def test_a_key_that_the_kmi_has_lost(host: Host) -> None:
+    host.create("k")
+    host.keyring.destroy("k")
+    key = host.show("k")
+    assert (key.spec, key.version, key.problem) == (None, None, "KMI local has no such key")
+    assert lifecycle.list_keys(host.catalog, host.keyring, "local") == [key]
+    for change in (host.enable, host.rotate):
+        with pytest.raises(KeyManagerError, match="no such key"):
+            change("k")
+    assert host.disable("k").state == "DISABLED"
+
+
+def test_an_unusable_key_is_not_enabled(host: Host) -> None:
+    host.create("k")
+    host.disable("k")
+    with host.keyring._database.writing() as connection:
+        connection.execute("UPDATE versions SET wrapped = zeroblob(60)")
+    with pytest.raises(KeyManagerError, match="altered"):
+        host.enable("k")
+    assert host.show("k").state == "DISABLED"
+
+
+@pytest.mark.parametrize("days", [-1, 0, 6, 367])
+def test_refused_days(days: int, host: Host) -> None:
+    host.create("k")
+    with pytest.raises(KeyManagerError, match="7 to 366"):
+        host.delete("k", days)
+    assert host.show("k").state == "ENABLED"
+
+
+@pytest.mark.parametrize("days", [7, 366])
+def test_deletion_and_its_cancellation(days: int, host: Host) -> None:
+    host.create("k")
+    before = time.time()
+    key = host.delete("k", days)
+    assert key.state == "PENDING_DELETION"
+    assert key.deletion_time is not None
+    assert before + days * DAY <= key.deletion_time <= time.time() + days * DAY
+    for change in (host.enable, host.disable, host.rotate, host.delete):
+        with pytest.raises(KeyManagerError, match="delete k --cancel"):
+            change("k")
+    assert host.show("k") == key
+    kept = host.cancel("k")
+    assert (kept.state, kept.deletion_time, kept.usage) == ("DISABLED", None, Usage.BOTH)
+    with pytest.raises(KeyManagerError, match="does not await"):
+        host.cancel("k")
+
+
+def test_purge_destroys_what_is_due(host: Host) -> None:
+    for name in ("due", "later", "kept"):
+        host.create(name)
+    host.delete("due", 7)
+    host.delete("later", 8)
+    when = host.show("due").deletion_time
+    assert when is not None
+    assert host.purge(when - 0.001) == []
+    destroyed = host.purge(when)
+    assert [entry.key_id for entry in destroyed] == ["due"]
+    assert host.purge(when) == []
+    assert [info.key_id for info in host.keyring.list()] == ["kept", "later"]
+    assert [entry.key_id for entry in host.catalog.entries()] == ["kept", "later"]
+
+
+def test_purge_obeys_a_cancellation_it_has_not_seen(hosts: tuple[Host, Host]) -> None:
+    one, two = hosts
+    one.create("k")
+    one.delete("k")
+    two.catalog.refresh()
+    one.cancel("k")
+    (stale,) = two.catalog.entries()
+    assert stale.state is KeyState.PENDING_DELETION
+    later = time.time() + 8 * DAY
+    assert not lifecycle._purge(two.catalog, {"local": two.keyring}, stale, later)
+    assert two.keyring.get("k") is not None
+    assert one.show("k").state == "DISABLED"
+
+
+def test_purge_finishes_what_was_interrupted(host: Host) -> None:
+    host.create("k")
+    host.delete("k")
+    host.keyring.destroy("k")
+    assert [entry.key_id for entry in host.purge(time.time() + 8 * DAY)] == ["k"]
+    assert host.catalog.entries() == []
+
+
+def test_purge_leaves_what_it_cannot_destroy(host: Host) -> None:
+    host.create("k")
+    host.delete("k")
+    host.catalog.put(
+        CatalogEntry("away", "k", KeyState.PENDING_DELETION, Usage.BOTH, 1.0, deletion_time=1.0)
+    )
+    with host.keyring._database.reading() as connection:
+        connection.execute("PRAGMA query_only = ON")  # a KMI that refuses
+    assert host.purge(time.time() + 8 * DAY) == []
+    assert len(host.catalog.entries()) == 2
+    with host.keyring._database.reading() as connection:
+        connection.execute("PRAGMA query_only = OFF")
+    assert [entry.kmi for entry in host.purge(time.time() + 8 * DAY)] == ["local"]
+    assert [entry.kmi for entry in host.catalog.entries()] == ["away"]
+
+
+def test_two_purges_at_once(hosts: tuple[Host, Host]) -> None:
+    for number in range(20):
+        hosts[0].create(f"k{number}")
+        hosts[0].delete(f"k{number}")
+    start = threading.Barrier(2)
+    destroyed: list[CatalogEntry] = []
+
+    def purge(host: Host) -> None:
+        start.wait()
+        destroyed.extend(host.purge(time.time() + 8 * DAY))
+
+    threads = [threading.Thread(target=purge, args=(host,)) for host in hosts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({entry.key_id for entry in destroyed}) == len(destroyed) == 20
+    for host in hosts:
+        host.catalog.refresh()
+        assert host.catalog.entries() == []
+        assert host.keyring.list() == []

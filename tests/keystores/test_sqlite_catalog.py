@@ -1,0 +1,270 @@
+"""The catalog: shared between processes, durable, and refusing what is damaged."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sqlite3
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from xkiproxy.crypto.algorithms import Usage
+from xkiproxy.crypto.operations import KeyState
+from xkiproxy.keystores.catalog import CatalogEntry, CatalogError
+from xkiproxy.keystores.sqlite_catalog import SqliteCatalog
+
+ENTRY = CatalogEntry("local", "k", KeyState.ENABLED, Usage.BOTH, 1000.5)
+DUE = CatalogEntry("hsm", "gone", KeyState.PENDING_DELETION, Usage.DECRYPT, 1.0, 2000.25)
+
+_WRITER = """
+import itertools, sys
+from pathlib import Path
+from xkiproxy.crypto.algorithms import Usage
+from xkiproxy.crypto.operations import KeyState
+from xkiproxy.keystores.catalog import CatalogEntry
+from xkiproxy.keystores.sqlite_catalog import SqliteCatalog
+
+catalog = SqliteCatalog(Path(sys.argv[1]))
+for number in itertools.count():
+    name = f"{sys.argv[2]}-{number}"
+    catalog.put(CatalogEntry("local", name, KeyState.ENABLED, Usage.BOTH, 1.0))
+    print(name, "ENABLED", flush=True)
+    catalog.put(CatalogEntry("local", name, KeyState.DISABLED, Usage.BOTH, 1.0))
+    print(name, "DISABLED", flush=True)
+"""
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "catalog.db"
+
+
+@pytest.fixture
+def catalog(path: Path) -> Iterator[SqliteCatalog]:
+    opened = SqliteCatalog(path)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def other(path: Path) -> Iterator[SqliteCatalog]:
+    """Another connection: what another process has."""
+    opened = SqliteCatalog(path)
+    yield opened
+    opened.close()
+
+
+def start(path: Path, turn: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", _WRITER, str(path), turn], stdout=subprocess.PIPE, text=True
+    )
+
+
+def test_a_new_catalog_is_empty_and_private(path: Path) -> None:
+    before = os.umask(0)
+    try:
+        catalog = SqliteCatalog(path)
+        catalog.put(ENTRY)
+        modes = {stat.S_IMODE(file.stat().st_mode) for file in path.parent.iterdir()}
+        catalog.close()
+    finally:
+        os.umask(before)
+    assert modes == {0o600}
+
+
+def test_entries(catalog: SqliteCatalog, path: Path) -> None:
+    assert catalog.entries() == []
+    assert catalog.get("local", "k") is None
+    catalog.put(ENTRY)
+    catalog.put(DUE)
+    assert catalog.get("local", "k") == ENTRY
+    assert catalog.get("hsm", "k") is None
+    assert catalog.entries() == [DUE, ENTRY]
+    catalog.put(replace(ENTRY, state=KeyState.DISABLED, usage=Usage.ENCRYPT))
+    catalog.remove("hsm", "gone")
+    catalog.remove("hsm", "never there")
+    again = SqliteCatalog(path)
+    assert again.entries() == [replace(ENTRY, state=KeyState.DISABLED, usage=Usage.ENCRYPT)]
+    again.close()
+
+
+def test_another_ones_change_is_seen_after_refresh(
+    catalog: SqliteCatalog, other: SqliteCatalog
+) -> None:
+    other.put(ENTRY)
+    assert catalog.get("local", "k") is None
+    catalog.refresh()
+    assert catalog.get("local", "k") == ENTRY
+    before = catalog._snapshot
+    catalog.refresh()
+    assert catalog._snapshot is before  # nothing changed, nothing was read
+
+
+def test_another_process(catalog: SqliteCatalog, path: Path) -> None:
+    child = start(path, "other")
+    assert child.stdout is not None
+    line = child.stdout.readline()
+    catalog.refresh()
+    assert catalog.get("local", line.split()[0]) is not None
+    catalog.put(ENTRY)  # both write
+    child.kill()
+    child.communicate()
+    catalog.refresh()
+    assert catalog.get("local", "k") == ENTRY
+
+
+def test_kill_at_any_moment(path: Path) -> None:
+    promised: dict[str, str] = {}
+    chance = random.Random()
+    for turn in range(10):
+        child = start(path, f"turn{turn}")
+        assert child.stdout is not None
+        lines = [child.stdout.readline() for _ in range(chance.randint(1, 30))]
+        child.send_signal(signal.SIGKILL)
+        lines += child.communicate()[0].splitlines(keepends=True)
+        promised |= dict(line.split() for line in lines if line.endswith("\n"))
+        catalog = SqliteCatalog(path)
+        for name, state in promised.items():
+            entry = catalog.get("local", name)
+            assert entry is not None
+            # What was acknowledged last holds, or what was being written after it.
+            assert entry.state in {KeyState(state), KeyState.DISABLED}
+        catalog.close()
+
+
+def test_the_lock_keeps_others_out(
+    catalog: SqliteCatalog, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("xkiproxy.storage.BUSY_TIMEOUT_SECONDS", 0.01)
+    impatient = SqliteCatalog(path)
+    with catalog.locked():
+        catalog.put(ENTRY)
+        with pytest.raises(CatalogError, match="locked by another process"):
+            impatient.put(DUE)
+        impatient.refresh()
+        assert impatient.entries() == []
+    impatient.refresh()
+    assert impatient.entries() == [ENTRY]
+    impatient.close()
+
+
+def test_the_lock_starts_with_a_refresh(catalog: SqliteCatalog, other: SqliteCatalog) -> None:
+    other.put(ENTRY)
+    with catalog.locked():
+        assert catalog.get("local", "k") == ENTRY
+
+
+def test_a_failed_block_changes_nothing(catalog: SqliteCatalog) -> None:
+    catalog.put(replace(ENTRY, state=KeyState.DISABLED))
+
+    def fail() -> None:
+        with catalog.locked():
+            catalog.put(ENTRY)
+            catalog.put(DUE)
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    for _ in range(2):
+        assert catalog.entries() == [replace(ENTRY, state=KeyState.DISABLED)]
+        catalog.refresh()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "UPDATE entries SET state = 'enabled'",
+        "UPDATE entries SET usage = 0",
+        "UPDATE entries SET usage = 4",
+        "UPDATE entries SET created = 'today'",
+        "UPDATE entries SET deletion_time = 5.0",
+    ],
+)
+def test_no_one_can_write_nonsense(change: str, catalog: SqliteCatalog, path: Path) -> None:
+    catalog.put(ENTRY)
+    with closing(sqlite3.connect(path)) as connection, pytest.raises(sqlite3.IntegrityError):
+        connection.execute(change)
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA ignore_check_constraints = ON")
+        connection.execute(change)
+        connection.commit()
+    with pytest.raises(CatalogError, match="damaged"):
+        SqliteCatalog(path)
+
+
+def test_nonsense_is_refused_on_refresh(catalog: SqliteCatalog, path: Path) -> None:
+    catalog.put(ENTRY)
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA ignore_check_constraints = ON")
+        connection.execute("UPDATE entries SET state = 'enabled'")
+        connection.commit()
+    for _ in range(2):
+        with pytest.raises(CatalogError, match="damaged"):
+            catalog.refresh()
+
+
+def test_damaged_files(path: Path) -> None:
+    catalog = SqliteCatalog(path)
+    for number in range(50):
+        catalog.put(replace(ENTRY, key_id=f"k{number}"))
+    catalog.close()
+    good = path.read_bytes()
+    for start_ in range(0, len(good), 4096):
+        path.write_bytes(good[:start_] + os.urandom(4096) + good[start_ + 4096 :])
+        with pytest.raises(CatalogError, match="not a catalog|damaged") as caught:
+            SqliteCatalog(path)
+        assert str(path) in str(caught.value)
+    path.write_bytes(good)
+    catalog = SqliteCatalog(path)
+    assert len(catalog.entries()) == 50
+    catalog.close()
+
+
+def test_what_is_no_catalog(path: Path) -> None:
+    path.write_bytes(b"")
+    path.chmod(0o600)
+    with pytest.raises(CatalogError, match="not a catalog"):
+        SqliteCatalog(path)
+    path.write_text("text" * 1000)
+    with pytest.raises(CatalogError, match="not a catalog"):
+        SqliteCatalog(path)
+
+
+def test_a_newer_format(path: Path) -> None:
+    SqliteCatalog(path).close()
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA user_version = 2")
+    with pytest.raises(CatalogError, match="newer xkiproxy"):
+        SqliteCatalog(path)
+
+
+def test_an_open_mode_is_refused(path: Path) -> None:
+    SqliteCatalog(path).close()
+    path.chmod(0o602)
+    with pytest.raises(CatalogError, match="chmod 0600"):
+        SqliteCatalog(path)
+
+
+def test_a_catalog_that_goes_away(catalog: SqliteCatalog, path: Path) -> None:
+    catalog.put(ENTRY)
+    path.rename(path.with_name("elsewhere"))
+    with pytest.raises(CatalogError, match="no such file"):
+        catalog.refresh()
+    with pytest.raises(CatalogError, match="no such file"):
+        catalog.put(DUE)
+    path.touch(0o600)
+    with pytest.raises(CatalogError, match="replaced"):
+        catalog.refresh()
+
+
+def test_a_folder_that_is_not_there(path: Path) -> None:
+    with pytest.raises(CatalogError, match="No such file"):
+        SqliteCatalog(path.parent / "none" / "catalog.db")

@@ -1,0 +1,161 @@
+"""`xkiproxy credentials`: the access keys with which a cloud signs its requests."""
+
+from __future__ import annotations
+
+import secrets
+import string
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from xkiproxy.cli.common import (
+    DEFAULT_CONFIG,
+    CommandError,
+    ConfigOption,
+    JsonOption,
+    err,
+    print_fields,
+    print_json,
+    print_table,
+)
+from xkiproxy.config import Config, load_config
+from xkiproxy.config.models import KeystoreSettings
+from xkiproxy.keystores.credentials import Credential, load_credentials
+from xkiproxy.keystores.credentials_file import changing_credentials
+
+KeystoreOption = Annotated[
+    str, typer.Option("--keystore", help="The key store; default: the only one.", metavar="NAME")
+]
+
+app = typer.Typer(
+    name="credentials",
+    no_args_is_help=True,
+    help="Add, list and revoke the credentials of a key store. Example: xkiproxy credentials list",
+)
+
+_ID_ALPHABET = string.ascii_uppercase + "234567"
+_ID_LENGTH = 21
+_SECRET_BYTES = 32
+
+
+def _new_xki_credential() -> Credential:
+    """An ID of "XKI" and 105 random bits, and a secret of 256 random bits (43 characters)."""
+    identity = "XKI" + "".join(secrets.choice(_ID_ALPHABET) for _ in range(_ID_LENGTH))
+    created = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return Credential(identity, secrets.token_urlsafe(_SECRET_BYTES), created)
+
+
+_NEW_CREDENTIAL: Mapping[str, Callable[[], Credential]] = {"xki": _new_xki_credential}
+
+
+def new_credential(protocol: str) -> Credential:
+    """A new credential of the form that a protocol demands, from the system's generator."""
+    return _NEW_CREDENTIAL[protocol]()
+
+
+def pick_keystore(config: Config, name: str) -> KeystoreSettings:
+    """The key store of this name, or the only one if the name is empty; raises CommandError."""
+    names = ", ".join(store.name for store in config.keystore)
+    if not name:
+        if len(config.keystore) == 1:
+            return config.keystore[0]
+        raise CommandError(f"there are several key stores; choose one with --keystore: {names}")
+    for store in config.keystore:
+        if store.name == name:
+            return store
+    raise CommandError(f"there is no key store {name!r}; there are: {names}")
+
+
+@app.command("add")
+def add_command(
+    keystore: KeystoreOption = "",
+    config: ConfigOption = DEFAULT_CONFIG,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a credential and print it: this is the only time that its secret is shown.
+
+    Example: xkiproxy credentials add --keystore demo
+    """
+    store = pick_keystore(load_config(config), keystore)
+    credential = new_credential(store.protocol)
+    with changing_credentials(_file(store)) as credentials:
+        credentials.append(credential)
+    fields = {
+        "keystore": store.name,
+        "access_key_id": credential.access_key_id,
+        "access_key_secret": credential.access_key_secret,
+        "created": credential.created,
+    }
+    if as_json:
+        print_json(fields)
+    else:
+        print_fields(fields)
+    _print_when()
+
+
+@app.command("list")
+def list_command(
+    keystore: KeystoreOption = "",
+    config: ConfigOption = DEFAULT_CONFIG,
+    as_json: JsonOption = False,
+) -> None:
+    """List the credentials, without their secrets.
+
+    Example: xkiproxy credentials list --json
+    """
+    store = pick_keystore(load_config(config), keystore)
+    credentials = load_credentials(store.credentials)
+    if as_json:
+        print_json([{"access_key_id": c.access_key_id, "created": c.created} for c in credentials])
+    else:
+        rows = [(c.access_key_id, c.created) for c in credentials]
+        print_table(("ACCESS KEY ID", "CREATED"), rows)
+
+
+@app.command("revoke")
+def revoke_command(
+    access_key_id: Annotated[str, typer.Argument(help="The ID to revoke.", metavar="ID")],
+    keystore: KeystoreOption = "",
+    force: Annotated[
+        bool, typer.Option("--force", help="Revoke even the last: all requests are then refused.")
+    ] = False,
+    config: ConfigOption = DEFAULT_CONFIG,
+    as_json: JsonOption = False,
+) -> None:
+    """Remove a credential.
+
+    Example: xkiproxy credentials revoke XKIABCDEFGHIJKLMNOPQRSTU
+    """
+    store = pick_keystore(load_config(config), keystore)
+    with changing_credentials(_file(store)) as credentials:
+        kept = [c for c in credentials if c.access_key_id != access_key_id]
+        if len(kept) == len(credentials):
+            raise CommandError(f"key store {store.name} has no credential {access_key_id}")
+        if not kept and not force:
+            raise CommandError(
+                f"{access_key_id} is the last credential of key store {store.name}: without it"
+                " every request is refused. Add another first, or use --force"
+            )
+        credentials[:] = kept
+    if as_json:
+        print_json({"keystore": store.name, "access_key_id": access_key_id, "revoked": True})
+    else:
+        print_fields({"keystore": store.name, "revoked": access_key_id})
+    _print_when()
+
+
+def _file(store: KeystoreSettings) -> Path:
+    if store.credentials.file is None:
+        raise CommandError(
+            f"the credentials of key store {store.name} come from {store.credentials}:"
+            " change them where that is set; this command changes files only"
+        )
+    return store.credentials.file
+
+
+def _print_when() -> None:
+    # A reload would let the change take effect at once; until there is one this must be said.
+    err.print("A running server takes this change at its next start.")

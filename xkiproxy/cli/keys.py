@@ -1,0 +1,245 @@
+"""`xkiproxy keys`: external keys, from their creation to their destruction."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+
+from xkiproxy.cli.common import (
+    DEFAULT_CONFIG,
+    CommandError,
+    ConfigOption,
+    JsonOption,
+    print_fields,
+    print_json,
+    print_table,
+)
+from xkiproxy.config import Config, load_config
+from xkiproxy.config.models import KmiSettings
+from xkiproxy.crypto.algorithms import KeySpec, Usage
+from xkiproxy.crypto.operations import CiphertextFormat
+from xkiproxy.keystores import lifecycle
+from xkiproxy.keystores.lifecycle import ManagedKey
+from xkiproxy.keystores.sqlite_catalog import SqliteCatalog
+from xkiproxy.kmi.base import KeyManager
+from xkiproxy.kmi.registry import open_key_manager
+
+app = typer.Typer(no_args_is_help=True, help="Make, list, disable, rotate and delete keys.")
+
+KeyArgument = Annotated[str, typer.Argument(metavar="KEY", help="The external key ID.")]
+KmiOption = Annotated[
+    str | None,
+    typer.Option("--kmi", metavar="NAME", help="The KMI, where several are configured."),
+]
+
+
+class UsageName(StrEnum):
+    """What a key may be used for, as it is written on the command line."""
+
+    ENCRYPT = "encrypt"
+    DECRYPT = "decrypt"
+    BOTH = "both"
+
+
+_USAGES = {
+    UsageName.ENCRYPT: Usage.ENCRYPT,
+    UsageName.DECRYPT: Usage.DECRYPT,
+    UsageName.BOTH: Usage.BOTH,
+}
+_USAGE_NAMES = {usage: name.value for name, usage in _USAGES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where keys are: what the functions of `lifecycle` start with."""
+
+    catalog: SqliteCatalog
+    manager: KeyManager
+    kmi: str
+
+
+@app.command(epilog="Example: xkiproxy keys create payroll --spec AES_256 --usage both")
+def create(
+    key: KeyArgument,
+    spec: Annotated[KeySpec, typer.Option(help="Type and size of the key.")] = KeySpec.AES_256,
+    usage: Annotated[UsageName, typer.Option(help="What it may be used for.")] = UsageName.BOTH,
+    kmi: KmiOption = None,
+    config: ConfigOption = DEFAULT_CONFIG,
+    json: JsonOption = False,
+) -> None:
+    """Make a key at the KMI and enable it."""
+    with _open(load_config(config), kmi) as at:
+        _print(
+            lifecycle.create_key(at.catalog, at.manager, at.kmi, key, spec, _USAGES[usage]), json
+        )
+
+
+@app.command("list", epilog="Example: xkiproxy keys list --json")
+def list_(
+    kmi: KmiOption = None, config: ConfigOption = DEFAULT_CONFIG, json: JsonOption = False
+) -> None:
+    """List the keys that the KMI or the catalog has; UNREGISTERED ones are not used."""
+    with _open(load_config(config), kmi) as at:
+        keys = lifecycle.list_keys(at.catalog, at.manager, at.kmi)
+    if json:
+        print_json([_fields(key) for key in keys])
+        return
+    columns = ("id", "kmi", "spec", "state", "version", "created", "usage", "problem")
+    rows = [[fields.get(c) or "" for c in columns] for fields in map(_fields, keys)]
+    print_table([column.upper() for column in columns], rows)
+
+
+@app.command(epilog="Example: xkiproxy keys show payroll")
+def show(
+    key: KeyArgument,
+    kmi: KmiOption = None,
+    config: ConfigOption = DEFAULT_CONFIG,
+    json: JsonOption = False,
+) -> None:
+    """Show one key."""
+    with _open(load_config(config), kmi) as at:
+        _print(lifecycle.show_key(at.catalog, at.manager, at.kmi, key), json)
+
+
+@app.command(epilog="Example: xkiproxy keys enable payroll")
+def enable(
+    key: KeyArgument,
+    usage: Annotated[
+        UsageName | None,
+        typer.Option(help="What it may be used for; only for an UNREGISTERED key."),
+    ] = None,
+    kmi: KmiOption = None,
+    config: ConfigOption = DEFAULT_CONFIG,
+    json: JsonOption = False,
+) -> None:
+    """Let a key be used; registers a key that only the KMI has."""
+    wanted = None if usage is None else _USAGES[usage]
+    with _open(load_config(config), kmi) as at:
+        _print(lifecycle.enable_key(at.catalog, at.manager, at.kmi, key, wanted), json)
+
+
+@app.command(epilog="Example: xkiproxy keys disable payroll")
+def disable(
+    key: KeyArgument,
+    kmi: KmiOption = None,
+    config: ConfigOption = DEFAULT_CONFIG,
+    json: JsonOption = False,
+) -> None:
+    """Stop the use of a key until it is enabled again."""
+    with _open(load_config(config), kmi) as at:
+        _print(lifecycle.disable_key(at.catalog, at.manager, at.kmi, key), json)
+
+
+@app.command(epilog="Example: xkiproxy keys rotate payroll")
+def rotate(
+    key: KeyArgument,
+    kmi: KmiOption = None,
+    config: ConfigOption = DEFAULT_CONFIG,
+    json: JsonOption = False,
+) -> None:
+    """Add a version, which encrypts from now on; the older ones go on decrypting."""
+    settings = load_config(config)
+    with _open(settings, kmi) as at:
+        _refuse_raw(settings, at.kmi)
+        _print(lifecycle.rotate_key(at.catalog, at.manager, at.kmi, key), json)
+
+
+@app.command(
+    epilog="Examples: xkiproxy keys delete payroll --days 30, and to keep it after all: "
+    "xkiproxy keys delete payroll --cancel"
+)
+def delete(
+    key: KeyArgument,
+    days: Annotated[
+        int | None,
+        typer.Option(
+            min=lifecycle.MIN_DELETION_DAYS,
+            max=lifecycle.MAX_DELETION_DAYS,
+            help="Days until the key is destroyed.",
+        ),
+    ] = None,
+    cancel: Annotated[bool, typer.Option("--cancel", help="Keep the key, DISABLED.")] = False,
+    kmi: KmiOption = None,
+    config: ConfigOption = DEFAULT_CONFIG,
+    json: JsonOption = False,
+) -> None:
+    """Stop the use of a key now and destroy it, for good, some days later."""
+    if cancel == (days is not None):
+        raise typer.BadParameter("give either --days or --cancel")
+    with _open(load_config(config), kmi) as at:
+        if days is None:
+            result = lifecycle.cancel_deletion(at.catalog, at.manager, at.kmi, key)
+        else:
+            result = lifecycle.schedule_deletion(at.catalog, at.manager, at.kmi, key, days)
+        _print(result, json)
+
+
+@contextmanager
+def _open(config: Config, kmi: str | None) -> Iterator[_Place]:
+    settings = _find(config, kmi)
+    manager = open_key_manager(settings)
+    try:
+        catalog = SqliteCatalog(config.catalog.path)
+        try:
+            yield _Place(catalog, manager, settings.name)
+        finally:
+            catalog.close()
+    finally:
+        manager.close()
+
+
+def _find(config: Config, name: str | None) -> KmiSettings:
+    names = ", ".join(kmi.name for kmi in config.kmi)
+    if name is None:
+        if len(config.kmi) != 1:
+            raise CommandError(f"several KMIs are configured: say which with --kmi, of: {names}")
+        name = config.kmi[0].name
+    try:
+        return config.find_kmi(name)
+    except KeyError:
+        raise CommandError(f"there is no KMI {name!r}; there are: {names}") from None
+
+
+def _refuse_raw(config: Config, kmi: str) -> None:
+    """Raw ciphertexts name no version: a second one would make the key useless there."""
+    for store in config.keystore:
+        if kmi in store.kmi and store.ciphertext_format is CiphertextFormat.RAW:
+            raise CommandError(
+                f'key store {store.name} uses KMI {kmi} with ciphertext_format = "raw":'
+                " its keys cannot be rotated; make a new key"
+            )
+
+
+def _print(key: ManagedKey, json: bool) -> None:
+    fields = _fields(key)
+    if json:
+        print_json(fields)
+    else:
+        print_fields({name: value for name, value in fields.items() if value is not None})
+
+
+def _fields(key: ManagedKey) -> dict[str, Any]:
+    fields: dict[str, Any] = {
+        "id": key.key_id,
+        "kmi": key.kmi,
+        "spec": key.spec,
+        "state": key.state,
+        "version": key.version,
+        "created": _rfc3339(key.created),
+        "usage": _USAGE_NAMES.get(key.usage, "none"),
+    }
+    if key.deletion_time is not None:
+        fields["deletion_time"] = _rfc3339(key.deletion_time)
+    if key.problem:
+        fields["problem"] = key.problem
+    return fields
+
+
+def _rfc3339(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -1,0 +1,134 @@
+"""`xkiproxy kms-config`: the four values with which a cloud finds and trusts a key store."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import orjson
+import typer
+
+from xkiproxy.cli.common import (
+    DEFAULT_CONFIG,
+    CommandError,
+    ConfigOption,
+    JsonOption,
+    out,
+    print_fields,
+    print_json,
+)
+from xkiproxy.cli.credentials import KeystoreOption, pick_keystore
+from xkiproxy.cli.fingerprint import configured_certificate, fingerprints, load_certificates
+from xkiproxy.config import Config, load_config
+from xkiproxy.config.models import KeystoreSettings
+from xkiproxy.config.secrets import write_secret_file
+from xkiproxy.keystores.credentials import Credential, load_credentials
+from xkiproxy.keystores.credentials_file import newest
+from xkiproxy.protocols.xki import XkiProtocol
+
+AccessKeyOption = Annotated[
+    str,
+    typer.Option("--access-key-id", help="The credential; default: the newest.", metavar="ID"),
+]
+
+
+def kms_config(
+    keystore: KeystoreOption = "",
+    access_key_id: AccessKeyOption = "",
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Write a new JSON file (mode 0600).", metavar="FILE"),
+    ] = None,
+    config: ConfigOption = DEFAULT_CONFIG,
+    as_json: JsonOption = False,
+) -> None:
+    """Print the values to enter in the KMS console, the secret among them.
+
+    Example: xkiproxy kms-config --output kms.json
+    """
+    settings = load_config(config)
+    store = pick_keystore(settings, keystore)
+    credential = pick_credential(store, access_key_id)
+    certificate = load_certificates(configured_certificate(settings))[0]
+    fingerprint = fingerprints(certificate)["certificate_sha256"]
+    path = external_proxy_path(store)
+    upload = _upload(path, fingerprint, credential)
+    if output is not None:
+        _write(output, upload)
+        if not as_json:
+            out.print(f"Wrote {output}; it holds the secret.", markup=False)
+    elif as_json:
+        print_json(upload)
+    else:
+        print_fields(
+            {
+                "External Proxy Path": path,
+                "Certificate Fingerprint": fingerprint,
+                "AccessKey ID": credential.access_key_id,
+                "AccessKey Secret": credential.access_key_secret,
+            }
+        )
+    if not as_json:
+        out.print("\nWhile the server runs, try it from another terminal:")
+        out.print(f"  {call_line(settings, store, config)}", markup=False)
+
+
+def external_proxy_path(store: KeystoreSettings) -> str:
+    """The path under which a key store's calls stand, such as `/demo/kms/xki/v1`."""
+    return store.path_prefix + XkiProtocol.base_path
+
+
+def pick_credential(store: KeystoreSettings, access_key_id: str) -> Credential:
+    """The credential of this ID, or the newest if that is empty; raises CommandError."""
+    credentials = load_credentials(store.credentials)
+    if access_key_id:
+        credentials = [c for c in credentials if c.access_key_id == access_key_id]
+    credential = newest(credentials)
+    if credential is None:
+        what = f"credential {access_key_id}" if access_key_id else "credentials"
+        raise CommandError(
+            f"key store {store.name} has no {what}; make one with: xkiproxy credentials add"
+        )
+    return credential
+
+
+def call_line(config: Config, store: KeystoreSettings, file: Path) -> str:
+    """A shell line that calls this key store, wherever it is run."""
+    words = [*program(), "call", "health", "--config", str(file.resolve())]
+    if len(config.keystore) > 1:
+        words += ["--keystore", store.name]
+    return shlex.join(words)
+
+
+def program() -> list[str]:
+    """The words that start this program from any directory."""
+    started = Path(sys.argv[0])
+    if started.name != "xkiproxy":
+        return [sys.executable, "-m", "xkiproxy"]
+    found = shutil.which("xkiproxy")
+    same = found is not None and started.exists() and Path(found).samefile(started)
+    return ["xkiproxy" if same or not started.exists() else os.path.abspath(started)]  # noqa: PTH100
+
+
+def _upload(path: str, fingerprint: str, credential: Credential) -> dict[str, str]:
+    # Alibaba Cloud publishes no form of the file that its console takes: these names are a decision
+    # of this project, after those of the console's fields.
+    return {
+        "ExternalProxyPath": path,
+        "CertificateFingerprint": fingerprint,
+        "AccessKeyId": credential.access_key_id,
+        "AccessKeySecret": credential.access_key_secret,
+    }
+
+
+def _write(file: Path, upload: dict[str, str]) -> None:
+    try:
+        write_secret_file(file, orjson.dumps(upload, option=orjson.OPT_INDENT_2).decode() + "\n")
+    except FileExistsError:
+        raise CommandError(f"{file}: is there already; remove it first") from None
+    except OSError as error:
+        raise CommandError(f"{file}: {error.strerror}") from None

@@ -1,0 +1,259 @@
+"""The life of a key: registered in the catalog, disabled, rotated, and destroyed in the end.
+
+A key lives at its KMI and has its state in the catalog. It is made at the KMI first and destroyed
+there first, so that whatever interrupts this leaves a key that is not used, never an entry that
+allows a key which is not there. Every change reads and writes the catalog under its lock.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from xkiproxy.crypto.algorithms import KeySpec, Usage
+from xkiproxy.crypto.operations import KeyState
+from xkiproxy.keystores.catalog import Catalog, CatalogEntry
+from xkiproxy.kmi.base import KeyInfo, KeyManager, KeyManagerError, check_key_id
+
+UNREGISTERED = "UNREGISTERED"
+"""The state of a key that its KMI has and the catalog does not: it is not used."""
+
+MIN_DELETION_DAYS = 7
+MAX_DELETION_DAYS = 366
+
+_DAY_SECONDS = 86_400
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ManagedKey:
+    """A key as its KMI and the catalog know it together; times are seconds since the epoch.
+
+    `spec` and `version` are None if the KMI does not have the key (`problem` says so then).
+    """
+
+    key_id: str
+    kmi: str
+    spec: KeySpec | None
+    state: str
+    version: int | None
+    created: float
+    usage: Usage
+    deletion_time: float | None = None
+    problem: str = ""
+
+
+def create_key(
+    catalog: Catalog, manager: KeyManager, kmi: str, key_id: str, spec: KeySpec, usage: Usage
+) -> ManagedKey:
+    """Make a key and enable it; raises KeyManagerError or CatalogError."""
+    check_key_id(key_id)
+    with catalog.locked():
+        entry = catalog.get(kmi, key_id)
+        if manager.get(key_id) is not None:
+            hint = (
+                ""
+                if entry
+                else f"; it is not registered, do so with: xkiproxy keys enable {key_id}"
+            )
+            raise KeyManagerError(f"key {key_id}: KMI {kmi} has a key of this name already{hint}")
+        if entry is not None:
+            raise KeyManagerError(
+                f"key {key_id}: the catalog knows it, but KMI {kmi} has lost it; restore the KMI"
+            )
+        info = manager.create(key_id, spec)
+        catalog.put(CatalogEntry(kmi, key_id, KeyState.ENABLED, usage, info.created))
+    return show_key(catalog, manager, kmi, key_id)
+
+
+def list_keys(catalog: Catalog, manager: KeyManager, kmi: str) -> list[ManagedKey]:
+    """Every key that the KMI or the catalog has, by ID; raises KeyManagerError."""
+    infos = {info.key_id: info for info in manager.list()}
+    entries = {entry.key_id: entry for entry in catalog.entries() if entry.kmi == kmi}
+    names = sorted(infos.keys() | entries.keys())
+    return [_managed(kmi, infos.get(name), entries.get(name)) for name in names]
+
+
+def show_key(catalog: Catalog, manager: KeyManager, kmi: str, key_id: str) -> ManagedKey:
+    """One key; raises KeyManagerError if neither the KMI nor the catalog has it."""
+    info, entry = manager.get(key_id), catalog.get(kmi, key_id)
+    if info is None and entry is None:
+        raise _unknown(kmi, key_id)
+    return _managed(kmi, info, entry)
+
+
+def enable_key(
+    catalog: Catalog, manager: KeyManager, kmi: str, key_id: str, usage: Usage | None = None
+) -> ManagedKey:
+    """Let a key be used, and register it if it is not.
+
+    `usage` is for a key that is not registered; None means whatever the KMI allows.
+
+    Raises:
+        KeyManagerError: no such key, it awaits deletion, or `usage` is given for a registered key.
+        CatalogError: the catalog cannot be written.
+    """
+    with catalog.locked():
+        info, entry = manager.get(key_id), catalog.get(kmi, key_id)
+        if info is None:
+            raise _unknown(kmi, key_id)
+        if info.problem:
+            raise KeyManagerError(f"key {key_id}: {info.problem}")
+        if entry is None:
+            entry = CatalogEntry(kmi, key_id, KeyState.ENABLED, usage or info.usage, info.created)
+        elif usage is not None:
+            raise KeyManagerError(f"key {key_id}: its usage was set when it was registered")
+        _refuse_pending(entry)
+        catalog.put(replace(entry, state=KeyState.ENABLED))
+    return show_key(catalog, manager, kmi, key_id)
+
+
+def disable_key(catalog: Catalog, manager: KeyManager, kmi: str, key_id: str) -> ManagedKey:
+    """Let a key not be used until it is enabled again; raises KeyManagerError, CatalogError."""
+    with catalog.locked():
+        entry = _entry(catalog, manager, kmi, key_id)
+        _refuse_pending(entry)
+        catalog.put(replace(entry, state=KeyState.DISABLED))
+    return show_key(catalog, manager, kmi, key_id)
+
+
+def rotate_key(catalog: Catalog, manager: KeyManager, kmi: str, key_id: str) -> ManagedKey:
+    """Add a version to a key; raises KeyManagerError or CatalogError."""
+    with catalog.locked():
+        if manager.get(key_id) is None:
+            raise _unknown(kmi, key_id)
+        _refuse_pending(catalog.get(kmi, key_id))
+        manager.rotate(key_id)
+    return show_key(catalog, manager, kmi, key_id)
+
+
+def schedule_deletion(
+    catalog: Catalog, manager: KeyManager, kmi: str, key_id: str, days: int
+) -> ManagedKey:
+    """Stop a key's use now, and have it destroyed in 7 to 366 days.
+
+    Raises:
+        KeyManagerError: no such key, too few or too many days, or it awaits deletion already.
+        CatalogError: the catalog cannot be written.
+    """
+    if not MIN_DELETION_DAYS <= days <= MAX_DELETION_DAYS:
+        raise KeyManagerError(
+            f"key {key_id}: it is deleted after {MIN_DELETION_DAYS} to {MAX_DELETION_DAYS} days"
+        )
+    with catalog.locked():
+        entry = _entry(catalog, manager, kmi, key_id)
+        _refuse_pending(entry)
+        when = time.time() + days * _DAY_SECONDS
+        catalog.put(replace(entry, state=KeyState.PENDING_DELETION, deletion_time=when))
+    return show_key(catalog, manager, kmi, key_id)
+
+
+def cancel_deletion(catalog: Catalog, manager: KeyManager, kmi: str, key_id: str) -> ManagedKey:
+    """Keep a key that awaits deletion, DISABLED; raises KeyManagerError or CatalogError."""
+    with catalog.locked():
+        entry = _entry(catalog, manager, kmi, key_id)
+        if entry.state is not KeyState.PENDING_DELETION:
+            raise KeyManagerError(f"key {key_id}: it does not await deletion, it is {entry.state}")
+        catalog.put(replace(entry, state=KeyState.DISABLED, deletion_time=None))
+    return show_key(catalog, manager, kmi, key_id)
+
+
+def purge_due(
+    catalog: Catalog, managers: Mapping[str, KeyManager], now: float
+) -> list[CatalogEntry]:
+    """Destroy the keys whose time has come, and return their entries; `managers` by KMI name.
+
+    A key whose KMI fails, or is not in `managers`, is left for the next time. The state is read
+    again under the catalog's lock, which also keeps a cancellation, or another process that purges,
+    out until the key is gone: so none is destroyed that was just kept.
+
+    Raises:
+        CatalogError: the catalog cannot be read or written.
+    """
+    catalog.refresh()
+    due = [entry for entry in catalog.entries() if _is_due(entry, now)]
+    return [entry for entry in due if _purge(catalog, managers, entry, now)]
+
+
+def _purge(
+    catalog: Catalog, managers: Mapping[str, KeyManager], entry: CatalogEntry, now: float
+) -> bool:
+    manager = managers.get(entry.kmi)
+    if manager is None:
+        return False
+    with catalog.locked():
+        if not _is_due(catalog.get(entry.kmi, entry.key_id), now):
+            return False
+        try:
+            # It may be gone: destroyed by a process that was stopped before the next line.
+            if manager.get(entry.key_id) is not None:
+                manager.destroy(entry.key_id)
+        except KeyManagerError as error:
+            _log.error("key %s awaits its destruction: %s", entry.key_id, error)
+            return False
+        catalog.remove(entry.kmi, entry.key_id)
+    return True
+
+
+def _is_due(entry: CatalogEntry | None, now: float) -> bool:
+    return (
+        entry is not None
+        and entry.state is KeyState.PENDING_DELETION
+        and entry.deletion_time is not None
+        and entry.deletion_time <= now
+    )
+
+
+def _managed(kmi: str, info: KeyInfo | None, entry: CatalogEntry | None) -> ManagedKey:
+    if info is None:
+        assert entry is not None  # noqa: S101 - one of them has the key
+        return ManagedKey(
+            entry.key_id,
+            kmi,
+            None,
+            entry.state,
+            None,
+            entry.created,
+            entry.usage,
+            entry.deletion_time,
+            f"KMI {kmi} has no such key",
+        )
+    return ManagedKey(
+        info.key_id,
+        kmi,
+        info.spec,
+        entry.state if entry else UNREGISTERED,
+        info.version,
+        info.created,
+        entry.usage & info.usage if entry else info.usage,
+        entry.deletion_time if entry else None,
+        info.problem,
+    )
+
+
+def _entry(catalog: Catalog, manager: KeyManager, kmi: str, key_id: str) -> CatalogEntry:
+    """A key's entry, or for a key that is not registered the one to start with: not usable."""
+    entry = catalog.get(kmi, key_id)
+    if entry is not None:
+        return entry
+    info = manager.get(key_id)
+    if info is None:
+        raise _unknown(kmi, key_id)
+    return CatalogEntry(kmi, key_id, KeyState.DISABLED, info.usage, info.created)
+
+
+def _refuse_pending(entry: CatalogEntry | None) -> None:
+    if entry is not None and entry.state is KeyState.PENDING_DELETION:
+        raise KeyManagerError(
+            f"key {entry.key_id}: it awaits deletion; to keep it:"
+            f" xkiproxy keys delete {entry.key_id} --cancel"
+        )
+
+
+def _unknown(kmi: str, key_id: str) -> KeyManagerError:
+    return KeyManagerError(
+        f"key {key_id[:128]}: KMI {kmi} has no such key; see those it has with: xkiproxy keys list"
+    )

@@ -1,0 +1,126 @@
+"""The catalog in an SQLite file, shared by all processes on a host.
+
+Every request reads the catalog, so reads come from a snapshot in memory, which is replaced whole
+when the file has changed. A catalog that is not there is made, empty: a key without an entry is not
+used, so an empty catalog refuses everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from xkiproxy.crypto.algorithms import Usage
+from xkiproxy.crypto.operations import KeyState
+from xkiproxy.keystores.catalog import CatalogEntry, CatalogError
+from xkiproxy.storage import Database, FileKind, new_database
+
+_KIND = FileKind(
+    name="catalog",
+    application_id=0x584B_4354,  # "XKCT"
+    format=1,
+    schema="""
+        CREATE TABLE entries (
+            kmi TEXT NOT NULL,
+            key_id TEXT NOT NULL,
+            state TEXT NOT NULL CHECK (state IN ('ENABLED', 'DISABLED', 'PENDING_DELETION')),
+            usage INTEGER NOT NULL CHECK (typeof(usage) = 'integer' AND usage BETWEEN 1 AND 3),
+            created REAL NOT NULL CHECK (typeof(created) = 'real'),
+            deletion_time REAL CHECK (typeof(deletion_time) IN ('null', 'real')),
+            PRIMARY KEY (kmi, key_id),
+            CHECK (state = 'PENDING_DELETION' OR deletion_time IS NULL)
+        );
+    """,
+    error=CatalogError,
+    if_missing="restore it from a backup, or start again without: all keys are then unregistered",
+)
+
+_SELECT = "SELECT kmi, key_id, state, usage, created, deletion_time FROM entries ORDER BY 1, 2"
+_REPLACE = "INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?, ?, ?)"
+
+
+class SqliteCatalog:
+    """An open catalog; see `xkiproxy.keystores.catalog.Catalog`."""
+
+    def __init__(self, path: Path) -> None:
+        """Open the file, or make it (mode 0600); raises CatalogError."""
+        if not path.exists():
+            # Another process may make it at the same moment; either's is as empty.
+            with suppress(FileExistsError), new_database(path, _KIND):
+                pass
+        self._database = Database(path, _KIND)
+        self._snapshot: dict[tuple[str, str], CatalogEntry] = {}
+        self._generation: tuple[int, int] | None = None
+        try:
+            self.refresh()
+        except BaseException:
+            self._database.close()
+            raise
+
+    def get(self, kmi: str, key_id: str) -> CatalogEntry | None:
+        """An entry as of the last refresh, from memory."""
+        return self._snapshot.get((kmi, key_id))
+
+    def entries(self) -> list[CatalogEntry]:
+        """All entries as of the last refresh, by KMI and key ID."""
+        return list(self._snapshot.values())
+
+    def put(self, entry: CatalogEntry) -> None:
+        """Write an entry durably, in place of the one that is there; raises CatalogError."""
+        row = (
+            entry.kmi,
+            entry.key_id,
+            entry.state.value,
+            entry.usage.value,
+            float(entry.created),
+            None if entry.deletion_time is None else float(entry.deletion_time),
+        )
+        with self.locked(), self._database.writing() as connection:
+            connection.execute(_REPLACE, row)
+
+    def remove(self, kmi: str, key_id: str) -> None:
+        """Remove an entry durably, if it is there; raises CatalogError."""
+        with self.locked(), self._database.writing() as connection:
+            connection.execute("DELETE FROM entries WHERE kmi = ? AND key_id = ?", (kmi, key_id))
+
+    def refresh(self) -> None:
+        """Take over what other processes changed; raises CatalogError if it cannot be read."""
+        generation = self._database.generation()
+        if generation == self._generation:
+            return
+        with self._database.reading() as connection:
+            rows = connection.execute(_SELECT).fetchall()
+        try:
+            entries = [
+                CatalogEntry(kmi, key_id, KeyState(state), Usage(usage), created, deletion_time)
+                for kmi, key_id, state, usage, created, deletion_time in rows
+            ]
+        except ValueError:
+            raise CatalogError(
+                f"catalog {self._database.path}: an entry is damaged; restore it from a backup"
+            ) from None
+        self._snapshot = {(entry.kmi, entry.key_id): entry for entry in entries}
+        self._generation = generation
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Refresh, and let no other process write until the end of the block.
+
+        What is written in the block is seen and durable when the block ends, or, if it fails, not
+        at all. Raises CatalogError, also when another process holds the lock for 5 seconds.
+        """
+        before = self._snapshot
+        try:
+            with self._database.writing():
+                self.refresh()
+                yield
+        except BaseException:
+            # The snapshot may hold what was rolled back: forget it, and read again next time.
+            self._snapshot, self._generation = before, None
+            raise
+        self.refresh()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._database.close()
