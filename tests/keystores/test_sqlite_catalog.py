@@ -219,7 +219,7 @@ def test_damaged_files(path: Path) -> None:
     good = path.read_bytes()
     for start_ in range(0, len(good), 4096):
         path.write_bytes(good[:start_] + os.urandom(4096) + good[start_ + 4096 :])
-        with pytest.raises(CatalogError, match="not a catalog|damaged") as caught:
+        with pytest.raises(CatalogError, match=r"not a catalog|damaged") as caught:
             SqliteCatalog(path)
         assert str(path) in str(caught.value)
     path.write_bytes(good)
