@@ -14,7 +14,7 @@ from xkiproxy import __version__
 from xkiproxy.config import Config, ConfigError, Problem
 from xkiproxy.config.models import KeystoreSettings, KmiSettings
 from xkiproxy.config.secrets import SecretError
-from xkiproxy.crypto.operations import KeyState
+from xkiproxy.crypto.operations import KeyState, OperationError
 from xkiproxy.keystores.catalog import CatalogError
 from xkiproxy.keystores.credentials import CredentialError, load_credentials
 from xkiproxy.keystores.keystore import KeyStore
@@ -40,7 +40,7 @@ _CHECK_SECONDS = 20.0
 _PURGE_SECONDS = 60.0
 
 _MISTAKES = (
-    CatalogError, CredentialError, KeyManagerError, OSError, SecretError, TlsError,
+    CatalogError, CredentialError, KeyManagerError, OperationError, OSError, SecretError, TlsError,
 )  # fmt: skip
 
 

@@ -1,0 +1,62 @@
+"""Imports point one way, and no wire name or KMI leaks over its border (docs/architecture.md)."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import xkiproxy
+
+ROOT = Path(xkiproxy.__file__).parent
+
+MAY_IMPORT = {
+    "crypto": set(),
+    "storage": set(),
+    "config": {"crypto"},
+    "observability": set(),
+    "kmi": {"crypto", "config", "observability", "storage"},
+    "protocols": {"crypto", "config"},
+    "keystores": {"crypto", "config", "kmi", "storage"},
+    "server": {"crypto", "config", "kmi", "keystores", "protocols", "observability"},
+    "cli": {"crypto", "config", "kmi", "keystores", "protocols", "observability", "server"},
+}
+
+
+def imported_packages(path: Path) -> set[str]:
+    """The packages of xkiproxy that a module imports."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module]
+        found |= {name.split(".")[1] for name in names if name.startswith("xkiproxy.")}
+    return found
+
+
+def test_imports_point_one_way() -> None:
+    wrong = []
+    for path in ROOT.rglob("*.py"):
+        package = path.relative_to(ROOT).parts[0].removesuffix(".py")
+        allowed = MAY_IMPORT.get(package)
+        if allowed is not None:
+            extra = imported_packages(path) - allowed - {package}
+            wrong += [f"{path.relative_to(ROOT)} imports {name}" for name in sorted(extra)]
+    assert wrong == []
+
+
+def test_every_package_has_its_rule() -> None:
+    packages = {path.name.removesuffix(".py") for path in ROOT.iterdir()}
+    known = set(MAY_IMPORT) | {"__init__", "__main__", "__pycache__", "py.typed"}
+    assert packages - known == set()
+
+
+def test_nothing_above_the_protocols_knows_the_name_of_one() -> None:
+    """Only the table of protocols, their folders and the client's command may say `xki`."""
+    allowed = {"protocols", "cli", "config"}
+    for path in ROOT.rglob("*.py"):
+        if path.relative_to(ROOT).parts[0] in allowed:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            assert not (isinstance(node, ast.Constant) and node.value == "xki"), path
