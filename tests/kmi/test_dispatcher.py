@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 import pytest
 
 from xkiproxy.crypto.operations import Fault, OperationError, Random, RandomBytes
-from xkiproxy.kmi.base import KmiState, LaneError
+from xkiproxy.kmi.base import BreakReason, KmiState, LaneError, Settle
 from xkiproxy.kmi.dispatcher import InlineKmi, KmiMetrics, QueuedKmi
 from xkiproxy.observability.metrics import Metrics
 
@@ -23,54 +23,100 @@ class FakeLane:
 
     def __init__(self) -> None:
         self.batches: list[int] = []
+        self.epochs: list[int] = []
         self.open = asyncio.Event()
         self.open.set()
         self.breaks = False
+        self.started = True
+        self.probes = 0
+        self.closed = False
+        self._broken: asyncio.Future[LaneError] = asyncio.get_running_loop().create_future()
 
-    async def execute(self, batch: Sequence[Random]) -> list[RandomBytes | OperationError]:
+    async def execute(self, batch: Sequence[Random], epoch: int, settle: Settle) -> None:
         self.batches.append(len(batch))
+        self.epochs.append(epoch)
         await self.open.wait()
         if self.breaks:
-            raise LaneError("planted")
-        return [
-            RandomBytes(bytes(op.length))
-            if op.length < 1000
-            else OperationError(Fault.KEY_NOT_FOUND, "planted")
-            for op in batch
-        ]
+            self.die()
+            raise LaneError("planted", BreakReason.DEVICE, started=self.started)
+        for index, operation in enumerate(batch):
+            settle(
+                index,
+                RandomBytes(bytes(operation.length))
+                if operation.length < 1000
+                else OperationError(Fault.KEY_NOT_FOUND, "planted"),
+            )
+
+    def die(self, reason: BreakReason = BreakReason.DEVICE) -> None:
+        if not self._broken.done():
+            self._broken.set_result(LaneError("planted", reason))
 
     async def probe(self) -> None:
+        self.probes += 1
         if self.breaks:
-            raise LaneError("planted")
+            self.die()
+            raise LaneError("planted", BreakReason.DEVICE)
+
+    async def wait_broken(self) -> LaneError:
+        return await asyncio.shield(self._broken)
 
     async def close(self) -> None:
-        pass
+        self.closed = True
+
+
+class FakeLauncher:
+    """Hands out lanes that were made beforehand; then starts fail, in the way that is planted."""
+
+    def __init__(self, *lanes: FakeLane) -> None:
+        self.lanes = list(lanes)
+        self.launches = 0
+        self.error = LaneError("no more lanes", BreakReason.START)
+
+    async def launch(self, index: int) -> FakeLane:
+        self.launches += 1
+        if not self.lanes:
+            raise self.error
+        return self.lanes.pop(0)
 
 
 def soon(seconds: float = 5.0) -> float:
     return time.monotonic() + seconds
 
 
-Start = Callable[..., QueuedKmi]
+Start = Callable[..., Awaitable[QueuedKmi]]
 
 
 @pytest.fixture
 async def start() -> AsyncIterator[Start]:
     started: list[QueuedKmi] = []
 
-    def make(*lanes: FakeLane, queue_size: int = 100, max_batch: int = 8) -> QueuedKmi:
+    async def make(
+        *lanes: FakeLane, spare: Sequence[FakeLane] = (), queue_size: int = 100, max_batch: int = 8
+    ) -> QueuedKmi:
         metrics = Metrics()
+        launcher = FakeLauncher(*lanes, *spare)
         kmi = QueuedKmi(
-            "hsm", "pkcs11", lanes, KmiMetrics(metrics, "hsm"),
-            queue_size=queue_size, max_batch=max_batch,
+            "hsm", "pkcs11", launcher, KmiMetrics(metrics, "hsm"),
+            lanes=max(1, len(lanes)), queue_size=queue_size, max_batch=max_batch,
         )  # fmt: skip
         kmi.registry = metrics.registry
+        kmi.launcher = launcher
         started.append(kmi)
+        kmi.start()
+        await kmi.check()
         return kmi
 
     yield make
     for kmi in started:
         await kmi.close()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    for _ in range(1000):
+        if condition():
+            return
+        await asyncio.sleep(0.01)
+    pytest.fail("it did not come")
 
 
 def sample(kmi: QueuedKmi, name: str, **labels: str) -> float:
@@ -89,20 +135,27 @@ async def fault(kmi: QueuedKmi, length: int, deadline: float | None = None) -> F
 
 async def test_a_single_operation_is_not_delayed_to_fill_a_batch(start: Start) -> None:
     lane = FakeLane()
-    kmi = start(lane)
+    kmi = await start(lane)
     assert await submit(kmi, 3) == RandomBytes(bytes(3))
     assert lane.batches == [1]
 
 
+async def test_what_comes_in_one_round_is_one_batch(start: Start) -> None:
+    lane = FakeLane()
+    kmi = await start(lane)
+    results = await asyncio.gather(*(submit(kmi, i) for i in range(5)))
+    assert [len(r.data) for r in results] == list(range(5))
+    assert lane.batches == [5]
+
+
 async def test_batches_grow_while_the_lane_is_busy_up_to_max_batch(start: Start) -> None:
     lane = FakeLane()
+    kmi = await start(lane, max_batch=8)
     lane.open.clear()
-    kmi = start(lane, max_batch=8)
     first = asyncio.create_task(submit(kmi, 1))
-    await asyncio.sleep(0)
-    await asyncio.sleep(0)
+    await until(lambda: lane.batches == [1])
     rest = [asyncio.create_task(submit(kmi, i)) for i in range(20)]
-    await asyncio.sleep(0)
+    await asyncio.sleep(0.01)
     assert sample(kmi, "xkiproxy_kmi_lanes", state="busy") == 1
     lane.open.set()
     results = await asyncio.gather(first, *rest)
@@ -112,7 +165,7 @@ async def test_batches_grow_while_the_lane_is_busy_up_to_max_batch(start: Start)
 
 
 async def test_an_error_of_one_operation_stays_with_it(start: Start) -> None:
-    kmi = start(FakeLane())
+    kmi = await start(FakeLane())
     good, bad, other = await asyncio.gather(
         submit(kmi, 1), submit(kmi, 1000), submit(kmi, 2), return_exceptions=True
     )
@@ -126,11 +179,10 @@ async def test_an_error_of_one_operation_stays_with_it(start: Start) -> None:
 
 async def test_a_full_queue_refuses_at_once(start: Start) -> None:
     lane = FakeLane()
+    kmi = await start(lane, queue_size=2)
     lane.open.clear()
-    kmi = start(lane, queue_size=2)
     running = asyncio.create_task(submit(kmi, 1))
-    await asyncio.sleep(0)
-    await asyncio.sleep(0)
+    await until(lambda: lane.batches == [1])
     waiting = [asyncio.create_task(submit(kmi, 1)) for _ in range(2)]
     await asyncio.sleep(0)
     assert await fault(kmi, 1) is Fault.THROTTLED
@@ -140,11 +192,10 @@ async def test_a_full_queue_refuses_at_once(start: Start) -> None:
 
 async def test_an_operation_past_its_deadline_never_reaches_the_kmi(start: Start) -> None:
     lane = FakeLane()
+    kmi = await start(lane)
     lane.open.clear()
-    kmi = start(lane)
     running = asyncio.create_task(submit(kmi, 1))
-    await asyncio.sleep(0)
-    await asyncio.sleep(0)
+    await until(lambda: lane.batches == [1])
     assert await fault(kmi, 2, soon(0.02)) is Fault.DEADLINE_EXCEEDED
     lane.open.set()
     await running
@@ -154,11 +205,10 @@ async def test_an_operation_past_its_deadline_never_reaches_the_kmi(start: Start
 
 async def test_a_client_that_goes_away_costs_the_kmi_nothing(start: Start) -> None:
     lane = FakeLane()
+    kmi = await start(lane)
     lane.open.clear()
-    kmi = start(lane)
     running = asyncio.create_task(submit(kmi, 1))
-    await asyncio.sleep(0)
-    await asyncio.sleep(0)
+    await until(lambda: lane.batches == [1])
     gone = asyncio.create_task(submit(kmi, 2))
     await asyncio.sleep(0)
     gone.cancel()
@@ -168,64 +218,134 @@ async def test_a_client_that_goes_away_costs_the_kmi_nothing(start: Start) -> No
     assert lane.batches == [1]
 
 
-async def test_the_batch_of_a_broken_lane_runs_again_on_another(start: Start) -> None:
+async def test_the_batch_of_a_broken_lane_runs_again_alone(start: Start) -> None:
     broken, good = FakeLane(), FakeLane()
+    kmi = await start(broken, good)
     broken.breaks = True
-    kmi = start(broken, good)
     results = await asyncio.gather(*(submit(kmi, i) for i in range(12)))
     assert [len(r.data) for r in results] == list(range(12))
-    for _ in range(3):
-        await submit(kmi, 1)
-    assert kmi.state is KmiState.DEGRADED
-    assert sample(kmi, "xkiproxy_kmi_lanes", state="failed") == 1
+    assert broken.batches == [8]
+    assert sorted(good.batches) == [1] * 8 + [4]
+    await until(lambda: kmi.state is KmiState.DEGRADED)
+    assert broken.closed
 
 
 async def test_an_operation_that_breaks_lanes_is_given_up_after_the_second(start: Start) -> None:
     lanes = [FakeLane() for _ in range(3)]
-    lanes[0].breaks = lanes[1].breaks = lanes[2].breaks = True
-    kmi = start(*lanes)
+    kmi = await start(*lanes)
+    for lane in lanes:
+        lane.breaks = True
     assert await fault(kmi, 1) is Fault.UNAVAILABLE
     assert sum(len(lane.batches) for lane in lanes) == 2
 
 
-async def test_without_lanes_everything_is_refused_at_once(start: Start) -> None:
+async def test_a_batch_that_was_not_begun_is_not_blamed(start: Start) -> None:
+    lanes = [FakeLane() for _ in range(4)]
+    kmi = await start(*lanes)
+    for lane in lanes[:3]:
+        lane.breaks, lane.started = True, False
+    assert await submit(kmi, 1) == RandomBytes(bytes(1))
+
+
+async def test_a_broken_lane_is_replaced(start: Start) -> None:
+    first, second = FakeLane(), FakeLane()
+    kmi = await start(first, spare=[second])
+    first.die()
+    await until(lambda: second in kmi._lanes)
+    assert await submit(kmi, 1) == RandomBytes(bytes(1))
+    assert (first.batches, second.batches, first.closed) == ([], [1], True)
+    assert sample(kmi, "xkiproxy_kmi_lane_restarts_total", reason="device") == 1
+    assert kmi.state is KmiState.CONNECTED
+
+
+async def test_while_a_lane_is_replaced_requests_wait_within_their_deadline(start: Start) -> None:
+    first, second = FakeLane(), FakeLane()
+    kmi = await start(first, spare=[second])
+    first.breaks = True
+    assert await submit(kmi, 1) == RandomBytes(bytes(1))
+    assert second.batches == [1]
+
+
+async def test_the_breaker_opens_when_nothing_can_be_started(start: Start) -> None:
     lane = FakeLane()
-    lane.breaks = True
-    kmi = start(lane)
-    assert await fault(kmi, 1) is Fault.UNAVAILABLE
+    kmi = await start(lane)
+    lane.die()
+    await until(lambda: kmi.launcher.launches > 1)
     assert await fault(kmi, 1) is Fault.UNAVAILABLE
     assert kmi.state is KmiState.DISCONNECTED
     assert sample(kmi, "xkiproxy_kmi_state", state="disconnected") == 1
     assert sample(kmi, "xkiproxy_kmi_state", state="connected") == 0
+    assert sample(kmi, "xkiproxy_kmi_lanes", state="failed") == 1
+    kmi.launcher.lanes.append(FakeLane())
+    await until(lambda: kmi.state is KmiState.CONNECTED)
+    assert await submit(kmi, 1) == RandomBytes(bytes(1))
+
+
+async def test_what_waits_is_refused_when_the_breaker_opens(start: Start) -> None:
+    lane = FakeLane()
+    kmi = await start(lane)
+    lane.open.clear()
+    lane.breaks = True
+    tasks = [asyncio.create_task(submit(kmi, i)) for i in range(20)]
+    await until(lambda: bool(lane.batches))
+    lane.open.set()
+    outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+    assert {o.fault for o in outcomes} == {Fault.UNAVAILABLE}
+
+
+async def test_a_refused_login_is_never_tried_again(start: Start) -> None:
+    lanes = [FakeLane() for _ in range(3)]
+    kmi = await start(*lanes)
+    kmi.launcher.error = LaneError("the token refused the PIN", BreakReason.LOGIN)
+    before = kmi.launcher.launches
+    for lane in lanes:
+        lane.die()
+    await until(lambda: all(task.done() for task in kmi._supervisors))
+    assert kmi.launcher.launches == before + 1
+    assert (kmi.state, kmi.error) == (KmiState.DISCONNECTED, "the token refused the PIN")
+    assert await fault(kmi, 1) is Fault.UNAVAILABLE
+
+
+async def test_keys_that_changed_make_a_new_epoch(start: Start) -> None:
+    lane = FakeLane()
+    kmi = await start(lane)
+    await submit(kmi, 1)
+    kmi.refresh(False)
+    await submit(kmi, 1)
+    kmi.refresh(True)
+    await submit(kmi, 1)
+    assert lane.epochs == [0, 0, 1]
 
 
 async def test_closing_refuses_what_waits(start: Start) -> None:
     lane = FakeLane()
+    kmi = await start(lane)
     lane.open.clear()
-    kmi = start(lane)
-    running = asyncio.create_task(submit(kmi, 1, soon(0.5)))
-    await asyncio.sleep(0)
-    await asyncio.sleep(0)
+    lane.breaks = True
+    running = asyncio.create_task(submit(kmi, 1))
+    await until(lambda: lane.batches == [1])
     waiting = asyncio.create_task(submit(kmi, 1))
     await asyncio.sleep(0)
+    lane.open.set()
     await kmi.close()
-    with pytest.raises(OperationError, match="stopping"):
-        await waiting
-    with pytest.raises(OperationError):
-        await running
+    for task in (running, waiting):
+        with pytest.raises(OperationError):
+            await task
+    assert lane.closed
 
 
-async def test_the_check_says_which_state_it_is(start: Start) -> None:
+async def test_the_check_probes_every_lane(start: Start) -> None:
     one, two = FakeLane(), FakeLane()
-    kmi = start(one, two)
-    await kmi.check()
+    kmi = await start(one, two)
     assert kmi.state is KmiState.CONNECTED
+    await kmi.check()
+    assert (one.probes, two.probes) == (2, 2)
     two.breaks = True
     await kmi.check()
-    assert (kmi.state, kmi.error) == (KmiState.DEGRADED, "planted")
+    await until(lambda: kmi.state is KmiState.DEGRADED)
     one.breaks = True
     await kmi.check()
-    assert kmi.state is KmiState.DISCONNECTED
+    await until(lambda: kmi.state is KmiState.DISCONNECTED)
 
 
 class FakeInlineLane:
@@ -260,7 +380,7 @@ async def test_inline_kmi() -> None:
     with pytest.raises(OperationError):
         await kmi.submit(Random(2000), soon())
     lane.broken = True
-    kmi.refresh()
+    kmi.refresh(False)
     assert (kmi.state, kmi.error) == (KmiState.DISCONNECTED, "planted")
     await kmi.check()
     assert kmi.state is KmiState.DISCONNECTED

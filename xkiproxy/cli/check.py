@@ -45,7 +45,7 @@ async def _open_all(settings: Config) -> None:
 
     runtime = Runtime(settings)
     try:
-        await runtime.check_kmis()
+        await runtime.start()
         problems = [Problem("kmi", text) for text in runtime.problems()]
     finally:
         await runtime.close()

@@ -10,7 +10,6 @@ from typing import Annotated, Any
 import orjson
 import typer
 from rich.console import Console
-from rich.table import Table
 
 ConfigOption = Annotated[
     Path,
@@ -38,13 +37,12 @@ def print_json(value: Any) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print rows under their column names, for people."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        table.add_column(column, no_wrap=True)
-    for row in rows:
-        table.add_row(*(str(cell) for cell in row))
-    out.print(table)
+    """Print rows under their column names, for people; nothing is ever cut off."""
+    lines = [[str(cell) for cell in row] for row in (columns, *rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for number, line in enumerate(lines):
+        cells = (f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True))
+        out.print("  ".join(cells).rstrip(), markup=False, style="bold" if number == 0 else None)
 
 
 def print_fields(fields: Mapping[str, object]) -> None:

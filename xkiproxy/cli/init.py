@@ -14,7 +14,7 @@ import stat
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -27,7 +27,7 @@ from xkiproxy.cli.common import CommandError, JsonOption, out, print_fields, pri
 from xkiproxy.cli.credentials import new_credential
 from xkiproxy.cli.kms_config import program
 from xkiproxy.config import Config, ConfigError, load_config
-from xkiproxy.config.secrets import write_secret_file
+from xkiproxy.config.secrets import SecretSource, write_secret_file
 from xkiproxy.crypto.algorithms import KeySpec, Usage
 from xkiproxy.keystores import lifecycle
 from xkiproxy.keystores.credentials_file import format_credentials
@@ -40,6 +40,15 @@ _KEYSTORE = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")  # it becomes a part of a pa
 
 
 @dataclass(frozen=True, slots=True)
+class HsmPlan:
+    """Where the HSM is and how to log in."""
+
+    module: Path
+    token: str
+    pin: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """What is to be made."""
 
@@ -49,6 +58,7 @@ class Plan:
     keystore: str
     key_id: str
     kmi: str
+    hsm: HsmPlan | None = None
 
 
 def init(
@@ -76,7 +86,15 @@ def init(
     ] = CertificateKey.EC,
     keystore: Annotated[str, typer.Option(help="The name of the key store.")] = "demo",
     key: Annotated[str, typer.Option(help="The ID of the first key.")] = "demo-key",
-    kmi: Annotated[str, typer.Option(help="The kind of key manager.")] = "software",
+    kmi: Annotated[str, typer.Option(help="The kind: software or pkcs11.")] = "software",
+    module: Annotated[
+        Path | None, typer.Option(help="pkcs11: the module, a shared library.", metavar="FILE")
+    ] = None,
+    token: Annotated[str | None, typer.Option(help="pkcs11: the label of the token.")] = None,
+    pin_file: Annotated[
+        Path | None,
+        typer.Option(help="pkcs11: a file with the user PIN; asked for without.", metavar="FILE"),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Make a directory that `xkiproxy serve` can start with.
@@ -84,6 +102,9 @@ def init(
     A configuration, a self-signed certificate, a key store with a credential, and a key.
 
     Example: xkiproxy init /etc/xkiproxy --host kms-proxy.example.com
+
+    With an HSM: xkiproxy init /etc/xkiproxy --kmi pkcs11 --module /usr/lib/softhsm/libsofthsm2.so
+    --token production --pin-file pin
     """
     from_environment = context.get_parameter_source("config").name == "ENVIRONMENT"  # type: ignore[union-attr]
     target, name = _place(directory, config, from_environment)
@@ -97,8 +118,25 @@ def init(
         hosts = host_names(host or [])
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--host") from None
-    make(target, Plan(name, hosts, certificate_key, keystore, key, kmi))
+    hsm = _hsm_plan(kmi, module, token, pin_file)
+    make(target, Plan(name, hosts, certificate_key, keystore, key, kmi, hsm))
     _report(target, name, as_json)
+
+
+def _hsm_plan(
+    kmi: str, module: Path | None, token: str | None, pin_file: Path | None
+) -> HsmPlan | None:
+    if kmi != "pkcs11":
+        if (module, token, pin_file) != (None, None, None):
+            raise typer.BadParameter("--module, --token and --pin-file go with --kmi pkcs11")
+        return None
+    if module is None or token is None:
+        raise typer.BadParameter("it needs --module and --token", param_hint="--kmi pkcs11")
+    if pin_file is not None:
+        pin = SecretSource(file=pin_file).read()
+    else:
+        pin = typer.prompt("User PIN of the token", hide_input=True, err=True)
+    return HsmPlan(module.absolute(), token, pin)
 
 
 def make(target: Path, plan: Plan) -> None:
@@ -205,7 +243,7 @@ def _build(staging: Path, plan: Plan) -> None:
     write_secret_file(staging / "tls" / "server.key", private_key)
     credentials = format_credentials([new_credential("xki")])
     write_secret_file(staging / "credentials" / f"{plan.keystore}.toml", credentials)
-    kmi_section = _KMIS[plan.kmi](staging)
+    kmi_section = _KMIS[plan.kmi](staging, plan)
     file = staging / plan.config_name
     file.write_text(_config_text(plan, kmi_section), encoding="utf-8")
     try:
@@ -222,17 +260,22 @@ def _create_key(config: Config, key_id: str) -> None:
     try:
         catalog = SqliteCatalog(config.catalog.path)
         try:
-            lifecycle.create_key(
-                catalog, manager, settings.name, key_id, KeySpec.AES_256, Usage.BOTH
-            )
+            # A token may have the key already: what can be used is taken, never made twice.
+            if manager.get(key_id) is not None:
+                lifecycle.enable_key(catalog, manager, settings.name, key_id)
+            else:
+                lifecycle.create_key(
+                    catalog, manager, settings.name, key_id, KeySpec.AES_256, Usage.BOTH
+                )
         finally:
             catalog.close()
     finally:
         manager.close()
 
 
-def _software(staging: Path) -> str:
+def _software(staging: Path, plan: Plan) -> str:
     """The embedded key manager: a keyring under a master key."""
+    del plan
     master_key = new_master_key()
     write_secret_file(staging / "master.key", master_key + "\n")
     create_keyring(staging / "keyring.db", master_key)
@@ -245,16 +288,35 @@ master_key = "master.key"            # keep a copy elsewhere: without it no key 
 """
 
 
-_KMIS: Mapping[str, Callable[[Path], str]] = {"software": _software}
+def _pkcs11(staging: Path, plan: Plan) -> str:
+    """An HSM: its keys stay where they are, the PIN is written to a file of its own."""
+    hsm = plan.hsm
+    assert hsm is not None  # noqa: S101 - init() saw to it
+    write_secret_file(staging / "pin", hsm.pin + "\n")
+    return f"""\
+[[kmi]]
+name = "local"
+type = "pkcs11"
+module = {_toml(str(hsm.module))}
+token = {_toml(hsm.token)}
+pin = "pin"
+lanes = 2                            # processes, each with a session of its own
+max_batch = 64                       # operations that a lane takes in one go
+"""
+
+
+_KMIS: Mapping[str, Callable[[Path, Plan], str]] = {"software": _software, "pkcs11": _pkcs11}
 """For each kind of KMI what makes its files in a directory, and returns its section, `local`."""
 
 
+def _toml(value: str) -> str:
+    """A value that a user chose, quoted rightly whatever is in it."""
+    return tomli_w.dumps({"x": value}).removeprefix("x = ").strip()
+
+
 def _config_text(plan: Plan, kmi_section: str) -> str:
-    # tomli_w writes the values that a user chose, so that any text is quoted rightly.
-    name, prefix, file = (
-        tomli_w.dumps({"x": value}).removeprefix("x = ").strip()
-        for value in (plan.keystore, f"/{plan.keystore}", f"credentials/{plan.keystore}.toml")
-    )
+    values = (plan.keystore, f"/{plan.keystore}", f"credentials/{plan.keystore}.toml")
+    name, prefix, file = map(_toml, values)
     return f"""\
 # xkiproxy: what stands between a cloud's key management service and keys that stay at home.
 # Paths are relative to this file. Secrets never stand in it. Check it with: xkiproxy check
@@ -289,7 +351,7 @@ def _report(target: Path, config_name: str, as_json: bool) -> None:
             f"  {config_name}": "the configuration",
             "  tls/": "a self-signed certificate and its key",
             "  credentials/": "the access key with which the cloud signs",
-            "  *.key, *.db": "the master key, the keys under it, and their states",
+            "  the rest": "secrets of the key manager, and the states of keys",
         }
     )
     start = shlex.join(program())

@@ -241,5 +241,7 @@ def _fields(key: ManagedKey) -> dict[str, Any]:
     return fields
 
 
-def _rfc3339(seconds: float) -> str:
+def _rfc3339(seconds: float | None) -> str | None:
+    if seconds is None:
+        return None
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import ipaddress
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     SerializeAsAny,
@@ -111,7 +112,57 @@ class SoftwareSettings(KmiSettings):
     master_key: SecretSource = Field(default="master.key", validate_default=True)
 
 
-KMI_SETTINGS: dict[str, type[KmiSettings]] = {"software": SoftwareSettings}
+class TokenSettings(Section):
+    """A token, by its label or its serial number; a plain string is a label."""
+
+    label: str | None = None
+    serial: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _string_is_label(cls, value: Any) -> Any:
+        return {"label": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> TokenSettings:
+        if (self.label is None) == (self.serial is None):
+            raise ValueError("give exactly one of label or serial")
+        return self
+
+
+class Sm4Settings(Section):
+    """A vendor's numbers for SM4, which PKCS#11 v2.40 does not define."""
+
+    key_type: int
+    key_gen: int
+    gcm: int
+
+
+def _as_list(value: Any) -> Any:
+    return value if isinstance(value, list | tuple) else [value]
+
+
+class Pkcs11Settings(KmiSettings):
+    """Keys in an HSM behind a PKCS#11 module."""
+
+    type: Literal["pkcs11"]
+    module: ConfigPath
+    token: Annotated[
+        tuple[TokenSettings, ...], BeforeValidator(_as_list), Field(min_length=1, max_length=16)
+    ]
+    pin: SecretSource
+    lanes: Annotated[int, Field(ge=1, le=256)] = 2
+    max_batch: Annotated[int, Field(ge=1, le=1024)] = 64
+    start_timeout_seconds: Seconds = 15
+    operation_timeout_ms: Annotated[int, Field(ge=10, le=60_000)] = 1000
+    iv: Literal["generator", "hsm"] = "generator"
+    sm4: Sm4Settings | None = None
+
+
+KMI_SETTINGS: dict[str, type[KmiSettings]] = {
+    "software": SoftwareSettings,
+    "pkcs11": Pkcs11Settings,
+}
 """The section model of each KMI type."""
 
 _PATH_PREFIX = re.compile(r"(/[A-Za-z0-9_-]+)*")

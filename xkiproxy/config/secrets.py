@@ -20,6 +20,14 @@ from xkiproxy.config.paths import ConfigPath
 
 _MAX_SECRET_SIZE = 1 << 20
 
+_variables: set[str] = set()
+"""Every environment variable that a configuration of this process names as a secret."""
+
+
+def secret_variables() -> frozenset[str]:
+    """The environment variables that no child process may inherit."""
+    return frozenset(_variables)
+
 
 class SecretError(Exception):
     """A secret cannot be had; the text says where it was looked for and what to do."""
@@ -45,6 +53,8 @@ class SecretSource(BaseModel):
             raise ValueError("give exactly one of file, env or credential")
         if self.credential is not None and "/" in self.credential:
             raise ValueError("credential is a name in $CREDENTIALS_DIRECTORY, without a slash")
+        if self.env is not None:
+            _variables.add(self.env)
         return self
 
     def __str__(self) -> str:

@@ -135,14 +135,15 @@ class Describe:
 class KeyDescription:
     """The answer to `Describe`: `version` is the newest, `created` in seconds since the epoch.
 
-    A KMI says what it knows; the key store narrows `usage` and sets `state` from the catalog.
+    A KMI says what it knows (of `created` it may know nothing); the key store narrows `usage`, and
+    sets `state` and what is missing from the catalog.
     """
 
     key_id: str
     spec: KeySpec
     usage: Usage
     version: int
-    created: float
+    created: float | None
     state: KeyState = KeyState.ENABLED
 
 

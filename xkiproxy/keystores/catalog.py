@@ -32,7 +32,12 @@ class CatalogError(Exception):
 
 
 class Catalog(Protocol):
-    """States of keys, shared by all processes on a host; reads come from memory."""
+    """States of keys, shared by all processes on a host; reads come from memory.
+
+    `revision` grows with every change that was taken over, by whomever it was made.
+    """
+
+    revision: int
 
     def get(self, kmi: str, key_id: str) -> CatalogEntry | None:
         """From memory, as of the last refresh: cheap enough for every request."""

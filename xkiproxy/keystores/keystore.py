@@ -171,4 +171,5 @@ def _check_usage(operation: Encrypt | Decrypt, entry: CatalogEntry) -> None:
 
 def _described(result: Result, entry: CatalogEntry) -> Result:
     assert isinstance(result, KeyDescription)  # noqa: S101 - the KMI's contract
-    return replace(result, usage=result.usage & entry.usage, state=entry.state)
+    created = entry.created if result.created is None else result.created
+    return replace(result, usage=result.usage & entry.usage, state=entry.state, created=created)

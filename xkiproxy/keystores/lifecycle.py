@@ -40,7 +40,7 @@ class ManagedKey:
     spec: KeySpec | None
     state: str
     version: int | None
-    created: float
+    created: float | None
     usage: Usage
     deletion_time: float | None = None
     problem: str = ""
@@ -65,7 +65,7 @@ def create_key(
                 f"key {key_id}: the catalog knows it, but KMI {kmi} has lost it; restore the KMI"
             )
         info = manager.create(key_id, spec)
-        catalog.put(CatalogEntry(kmi, key_id, KeyState.ENABLED, usage, info.created))
+        catalog.put(_new_entry(kmi, info, usage))
     return show_key(catalog, manager, kmi, key_id)
 
 
@@ -103,7 +103,7 @@ def enable_key(
         if info.problem:
             raise KeyManagerError(f"key {key_id}: {info.problem}")
         if entry is None:
-            entry = CatalogEntry(kmi, key_id, KeyState.ENABLED, usage or info.usage, info.created)
+            entry = _new_entry(kmi, info, usage or info.usage)
         elif usage is not None:
             raise KeyManagerError(f"key {key_id}: its usage was set when it was registered")
         _refuse_pending(entry)
@@ -125,8 +125,11 @@ def rotate_key(catalog: Catalog, manager: KeyManager, kmi: str, key_id: str) -> 
     with catalog.locked():
         if manager.get(key_id) is None:
             raise _unknown(kmi, key_id)
-        _refuse_pending(catalog.get(kmi, key_id))
+        entry = catalog.get(kmi, key_id)
+        _refuse_pending(entry)
         manager.rotate(key_id)
+        if entry is not None:
+            catalog.put(entry)  # as it was: a running server sees that something changed
     return show_key(catalog, manager, kmi, key_id)
 
 
@@ -174,8 +177,13 @@ def purge_due(
         CatalogError: the catalog cannot be read or written.
     """
     catalog.refresh()
-    due = [entry for entry in catalog.entries() if _is_due(entry, now)]
+    due = due_entries(catalog, now)
     return [entry for entry in due if _purge(catalog, managers, entry, now)]
+
+
+def due_entries(catalog: Catalog, now: float) -> list[CatalogEntry]:
+    """The keys that are to be destroyed by now, as of the catalog's last refresh."""
+    return [entry for entry in catalog.entries() if _is_due(entry, now)]
 
 
 def _purge(
@@ -227,7 +235,7 @@ def _managed(kmi: str, info: KeyInfo | None, entry: CatalogEntry | None) -> Mana
         info.spec,
         entry.state if entry else UNREGISTERED,
         info.version,
-        info.created,
+        entry.created if entry and info.created is None else info.created,
         entry.usage & info.usage if entry else info.usage,
         entry.deletion_time if entry else None,
         info.problem,
@@ -242,7 +250,12 @@ def _entry(catalog: Catalog, manager: KeyManager, kmi: str, key_id: str) -> Cata
     info = manager.get(key_id)
     if info is None:
         raise _unknown(kmi, key_id)
-    return CatalogEntry(kmi, key_id, KeyState.DISABLED, info.usage, info.created)
+    return replace(_new_entry(kmi, info, info.usage), state=KeyState.DISABLED)
+
+
+def _new_entry(kmi: str, info: KeyInfo, usage: Usage) -> CatalogEntry:
+    created = time.time() if info.created is None else info.created
+    return CatalogEntry(kmi, info.key_id, KeyState.ENABLED, usage, created)
 
 
 def _refuse_pending(entry: CatalogEntry | None) -> None:

@@ -50,6 +50,7 @@ class SqliteCatalog:
             with suppress(FileExistsError), new_database(path, _KIND):
                 pass
         self._database = Database(path, _KIND)
+        self.revision = 0
         self._snapshot: dict[tuple[str, str], CatalogEntry] = {}
         self._generation: tuple[int, int] | None = None
         try:
@@ -102,6 +103,7 @@ class SqliteCatalog:
             ) from None
         self._snapshot = {(entry.kmi, entry.key_id): entry for entry in entries}
         self._generation = generation
+        self.revision += 1
 
     @contextmanager
     def locked(self) -> Iterator[None]:

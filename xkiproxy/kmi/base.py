@@ -9,7 +9,7 @@ the command line. A kind whose operations cost less than a queue (`software`) of
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
@@ -48,21 +48,70 @@ class InlineLane(Protocol):
 
 
 class Lane(Protocol):
-    """One unit of concurrency to a KMI; executes one batch at a time."""
+    """One unit of concurrency to a KMI; executes one batch after the other, in order.
 
-    async def execute(self, batch: Sequence[Operation]) -> Sequence[Result | OperationError]:
-        """The outcome of each operation, in order. Raises LaneError if the lane itself broke."""
+    It is given the next batch when it has settled most of the one before.
+    """
+
+    async def execute(self, batch: Sequence[Operation], epoch: int, settle: Settle) -> None:
+        """Execute a batch: `settle(index, outcome)` for each operation, as soon as it is known.
+
+        A new `epoch` means that keys may have changed: what the lane remembers of them is stale.
+        Raises LaneError if the lane broke; what is not settled then may have run or not.
+        """
         ...
 
     async def probe(self) -> None:
-        """Encrypt and decrypt with a key of its own; raises OperationError or LaneError."""
+        """Encrypt and decrypt with a key of its own; raises LaneError."""
         ...
 
-    async def close(self) -> None: ...
+    async def wait_broken(self) -> LaneError:
+        """Wait until the lane breaks, busy or not, and say why."""
+        ...
+
+    async def close(self) -> None:
+        """End it, whatever state it is in."""
+        ...
+
+
+Settle = Callable[[int, Result | OperationError], None]
+"""Takes the index of an operation in its batch, and its outcome."""
+
+
+class Launcher(Protocol):
+    """Starts the lanes of a KMI."""
+
+    async def launch(self, index: int) -> Lane:
+        """Start the lane of this index (0 and up); raises LaneError."""
+        ...
+
+
+class BreakReason(StrEnum):
+    """Why a lane broke, for metrics."""
+
+    EXIT = "exit"
+    """Its process or connection ended."""
+    TIMEOUT = "timeout"
+    """It stopped answering."""
+    DEVICE = "device"
+    """The device said that it cannot go on."""
+    START = "start"
+    """It could not be started."""
+    LOGIN = "login"
+    """Its login was refused: trying again could lock the token."""
 
 
 class LaneError(Exception):
-    """This lane is broken; nothing is wrong with the operations that it was given."""
+    """This lane is broken; nothing is wrong with the operations that it was given.
+
+    `started`: whether it had begun with the batch that this is the answer to.
+    """
+
+    def __init__(self, message: str, reason: BreakReason, started: bool = True) -> None:
+        super().__init__(message, reason)
+        self.message = message
+        self.reason = reason
+        self.started = started
 
 
 class KeyManagerError(Exception):
@@ -73,14 +122,15 @@ class KeyManagerError(Exception):
 class KeyInfo:
     """A key as its KMI knows it.
 
-    `versions` are ascending, 1 and up. `problem` says why the proxy cannot use the key, or is
-    empty.
+    `versions` are ascending, 1 and up. `created` is in seconds since the epoch, None where the KMI
+    does not know. `problem` says why the proxy cannot use the key, or is empty; then `spec` may be
+    None: what is there is no key of ours.
     """
 
     key_id: str
-    spec: KeySpec
+    spec: KeySpec | None
     versions: tuple[int, ...]
-    created: float
+    created: float | None
     usage: Usage = Usage.BOTH
     problem: str = ""
 

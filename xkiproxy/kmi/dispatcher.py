@@ -3,8 +3,10 @@
 Each KMI has a bounded queue and a fixed number of lanes. A free lane takes everything that waits,
 up to `max_batch`: nothing is delayed to fill a batch; batches grow by themselves while lanes are
 busy. An operation whose deadline has passed is dropped before it costs the KMI anything. A full
-queue refuses at once. When a lane breaks, what it was given runs again elsewhere, once: encrypt
-and decrypt can be repeated safely.
+queue refuses at once. When a lane breaks, what it was given runs again elsewhere, once and alone:
+encrypt and decrypt can be repeated safely. Each lane has a supervisor that replaces it, with
+growing pauses. While no lane is there and none can be started, the breaker is open: requests are
+refused at once.
 
 `InlineKmi` is the same interface for a KMI whose operations cost less than a queue.
 """
@@ -15,18 +17,28 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Sequence
+from contextlib import suppress
 from typing import Protocol
 
 from prometheus_client import Counter, Histogram
 
 from xkiproxy.crypto.operations import Fault, Operation, OperationError, Result
-from xkiproxy.kmi.base import InlineLane, KmiState, Lane, LaneError
+from xkiproxy.kmi.base import BreakReason, InlineLane, KmiState, Lane, LaneError, Launcher
 from xkiproxy.observability.metrics import Metrics
 
 _log = logging.getLogger(__name__)
 
+_LANE_STATES = ("idle", "busy", "starting", "failed")
+
 _MAX_ATTEMPTS = 2
+
+_FIRST_PAUSE_SECONDS = 0.0
+_SECOND_PAUSE_SECONDS = 0.1
+_LAST_PAUSE_SECONDS = 2.0
+"""Pauses between the starts of a lane: none at first, then twice as long each time, up to this."""
+
+_STEADY_SECONDS = 10.0
+"""A lane that ran so long was well: its next start is not delayed."""
 
 
 class Kmi(Protocol):
@@ -52,6 +64,17 @@ class Kmi(Protocol):
         """A deep check: sets `state`, `checked` and `error`."""
         ...
 
+    def start(self) -> None:
+        """Begin to work; in a running event loop."""
+        ...
+
+    def refresh(self, keys_changed: bool) -> None:
+        """Take over what another process changed in the KMI.
+
+        `keys_changed`: the catalog has changed, so keys may have been made, rotated or destroyed.
+        """
+        ...
+
     async def close(self) -> None: ...
 
 
@@ -65,7 +88,7 @@ class KmiMetrics:
         self._outcomes: dict[tuple[type, str], Counter] = {}
         self.batch_size = metrics.kmi_batch_size.labels(kmi)
         self.queue_depth = metrics.kmi_queue_depth.labels(kmi)
-        self._lanes = {s: metrics.kmi_lanes.labels(kmi, s) for s in ("idle", "busy", "failed")}
+        self._lanes = {state: metrics.kmi_lanes.labels(kmi, state) for state in _LANE_STATES}
 
     def finished(self, kind: type, seconds: float, outcome: str) -> None:
         """Count an operation; `outcome` is `ok` or the name of a Fault in lower case."""
@@ -82,9 +105,13 @@ class KmiMetrics:
         counter.inc()
 
     def set_lanes(self, **counts: int) -> None:
-        """Set how many lanes are idle, busy and failed."""
+        """Set how many lanes are idle, busy, starting and failed."""
         for state, count in counts.items():
             self._lanes[state].set(count)
+
+    def restarted(self, reason: BreakReason) -> None:
+        """Count a lane that is replaced."""
+        self._metrics.kmi_lane_restarts.labels(self._kmi, reason.value).inc()
 
     def set_state(self, state: KmiState) -> None:
         """Set the one state that is 1."""
@@ -130,8 +157,12 @@ class InlineKmi:
         else:
             self._become(KmiState.CONNECTED, "")
 
-    def refresh(self) -> None:
-        """Take over what another process changed in the KMI; a failure shows in the state."""
+    def start(self) -> None:
+        """See `Kmi.start`."""
+
+    def refresh(self, keys_changed: bool) -> None:
+        """See `Kmi.refresh`; a failure shows in the state."""
+        del keys_changed  # the lane notices by itself
         try:
             self._lane.refresh()
         except OperationError as error:
@@ -152,57 +183,67 @@ class InlineKmi:
 class _Item:
     """An operation on its way."""
 
-    __slots__ = ("attempts", "deadline", "future", "operation", "since")
+    __slots__ = ("attempts", "future", "operation")
 
-    def __init__(
-        self, operation: Operation, deadline: float, since: float, future: asyncio.Future[Result]
-    ) -> None:
+    def __init__(self, operation: Operation, future: asyncio.Future[Result]) -> None:
         self.operation = operation
-        self.deadline = deadline
-        self.since = since
         self.future = future
         self.attempts = 0
 
 
 class QueuedKmi:
-    """A KMI with lanes, a bounded queue and batches."""
+    """A KMI with supervised lanes, a bounded queue and batches."""
 
     def __init__(
         self,
         name: str,
         kind: str,
-        lanes: Sequence[Lane],
+        launcher: Launcher,
         metrics: KmiMetrics,
         *,
+        lanes: int,
         queue_size: int,
         max_batch: int,
     ) -> None:
-        """Start working; must be called in a running event loop."""
+        """`launcher` starts the lanes, once `start` is called."""
         self.name = name
         self.type = kind
-        self.state = KmiState.CONNECTED
+        self.state = KmiState.DISCONNECTED
         self.checked = float("-inf")
-        self.error = ""
-        self._lanes = list(lanes)
+        self.error = "its lanes are starting"
+        self._launcher = launcher
         self._metrics = metrics
         self._queue: deque[_Item] = deque()
         self._queue_size = queue_size
         self._max_batch = max_batch
-        self._idle: list[asyncio.Future[None]] = []
-        self._failed = 0
+        self._epoch = 0
+        self._pumping = False
+        self._lanes: list[Lane | None] = [None] * lanes
+        self._idle: deque[Lane] = deque()
+        self._batches: set[asyncio.Task[None]] = set()
+        self._starting = asyncio.Lock()
+        self._breaker_open = False
+        self._login_refused: LaneError | None = None
+        self._settled = asyncio.Event()
+        self._supervisors: list[asyncio.Task[None]] = []
+
+    def start(self) -> None:
+        """See `Kmi.start`."""
         self._loop = asyncio.get_running_loop()
-        self._workers = [asyncio.create_task(self._work(lane)) for lane in self._lanes]
+        count = len(self._lanes)
+        self._supervisors = [self._loop.create_task(self._supervise(i)) for i in range(count)]
 
     async def submit(self, operation: Operation, deadline: float) -> Result:
         """See `Kmi.submit`."""
-        if self._failed == len(self._lanes):
-            raise OperationError(Fault.UNAVAILABLE, "The key manager is away.")
+        if self._breaker_open:
+            raise _away()
         if len(self._queue) >= self._queue_size:
             raise OperationError(Fault.THROTTLED, "Too many requests wait for the key manager.")
         now = time.monotonic()
-        item = _Item(operation, deadline, now, self._loop.create_future())
+        item = _Item(operation, self._loop.create_future())
         timer = self._loop.call_later(deadline - now, _expire, item)
-        self._enqueue(item)
+        self._queue.append(item)
+        self._schedule_pump()
         outcome = "internal"
         try:
             result = await item.future
@@ -216,103 +257,191 @@ class QueuedKmi:
             self._metrics.finished(type(operation), time.monotonic() - now, outcome)
 
     async def check(self) -> None:
-        """See `Kmi.check`: probes one lane after the other."""
+        """See `Kmi.check`: every lane that is there encrypts and decrypts with its probe key.
+
+        The first check waits until the lanes have been started, or could not be.
+        """
+        await self._settled.wait()
         self.checked = time.monotonic()
-        errors = [error for lane in self._lanes if (error := await _probe(lane))]
-        good = len(self._lanes) - len(errors)
-        if good == len(self._lanes):
-            self.state = KmiState.CONNECTED
-        else:
-            self.state = KmiState.DEGRADED if good else KmiState.DISCONNECTED
-        self.error = errors[0] if errors else ""
-        self._metrics.set_state(self.state)
+        lanes = [lane for lane in self._lanes if lane is not None]
+        await asyncio.gather(*(_probe(lane) for lane in lanes))
+
+    def refresh(self, keys_changed: bool) -> None:
+        """See `Kmi.refresh`: every lane looks its keys up again when it next needs them."""
+        self._epoch += keys_changed
 
     async def close(self) -> None:
-        """Stop the workers and close the lanes; what still waits is refused."""
-        for worker in self._workers:
-            worker.cancel()
-        await asyncio.gather(*self._workers, return_exceptions=True)
-        self._refuse_all("The proxy is stopping.")
-        for lane in self._lanes:
-            await lane.close()
+        """Stop the supervisors and close the lanes; what still waits is refused."""
+        for supervisor in self._supervisors:
+            supervisor.cancel()
+        await asyncio.gather(*self._supervisors, return_exceptions=True)
+        await asyncio.gather(*self._batches, return_exceptions=True)
+        self._refuse_all()
 
-    def _enqueue(self, item: _Item, *, first: bool = False) -> None:
-        if first:
-            self._queue.appendleft(item)
-        else:
-            self._queue.append(item)
-        while self._idle:
-            waiter = self._idle.pop()
-            if not waiter.done():
-                waiter.set_result(None)
-                break
+    # ---- operations ------------------------------------------------------------------------
 
-    async def _work(self, lane: Lane) -> None:
-        while True:
-            batch = self._take_batch()
-            if not batch:
-                waiter = self._loop.create_future()
-                self._idle.append(waiter)
-                self._report_lanes()
-                await waiter
-                continue
-            self._metrics.batch_size.observe(len(batch))
-            self._report_lanes()
-            try:
-                outcomes = await lane.execute([item.operation for item in batch])
-            except LaneError as error:
-                self._lane_broke(batch, error)
-                return
-            except Exception:
-                # Whatever a lane raises, the requests it was given must get an answer.
-                _log.exception("KMI %s: a lane failed", self.name)
-                self._lane_broke(batch, LaneError("internal error"))
-                return
-            for item, outcome in zip(batch, outcomes, strict=True):
-                _settle(item, outcome)
+    def _schedule_pump(self) -> None:
+        """Once in this round of the loop: what is submitted in one round makes one batch."""
+        if not self._pumping and self._idle:
+            self._pumping = True
+            self._loop.call_soon(self._pump)
+
+    def _pump(self) -> None:
+        self._pumping = False
+        while self._idle and (batch := self._take_batch()):
+            task = self._loop.create_task(self._execute(self._idle.popleft(), batch))
+            self._batches.add(task)
+            task.add_done_callback(self._batches.discard)
+        self._report()
 
     def _take_batch(self) -> list[_Item]:
+        """Everything that waits, up to `max_batch`.
+
+        What was in a batch that broke its lane goes alone: one of them may be the cause, and it
+        must not take the others with it again.
+        """
         batch: list[_Item] = []
         while self._queue and len(batch) < self._max_batch:
+            if self._queue[0].attempts and batch:
+                break
             item = self._queue.popleft()
-            if not item.future.done():  # done: its deadline passed, or its client went away
-                batch.append(item)
-        self._metrics.queue_depth.set(len(self._queue))
+            if item.future.done():  # its deadline passed, or its client went away
+                continue
+            batch.append(item)
+            if item.attempts:
+                break
         return batch
 
-    def _lane_broke(self, batch: Sequence[_Item], error: LaneError) -> None:
-        _log.warning("KMI %s: a lane broke: %s", self.name, error)
-        self._failed += 1
-        alone = self._failed == len(self._lanes)
-        self.state = KmiState.DISCONNECTED if alone else KmiState.DEGRADED
-        self.error = str(error)
-        self._metrics.set_state(self.state)
-        self._report_lanes()
+    async def _execute(self, lane: Lane, batch: list[_Item]) -> None:
+        self._metrics.batch_size.observe(len(batch))
+        # When a quarter is left the lane may have its next batch: it goes on without a pause.
+        nearly_done = len(batch) - 1 - len(batch) // 4
+
+        def settle(index: int, outcome: Result | OperationError) -> None:
+            _settle(batch[index], outcome)
+            if index == nearly_done:
+                self._free(lane)
+
+        try:
+            await lane.execute([item.operation for item in batch], self._epoch, settle)
+        except LaneError as error:
+            self._run_again(batch, started=error.started)
+        except Exception:
+            # Whatever a lane raises, the requests it was given must get an answer.
+            _log.exception("KMI %s: a lane failed", self.name)
+            self._run_again(batch, started=True)
+
+    def _free(self, lane: Lane) -> None:
+        if lane in self._lanes:
+            self._idle.append(lane)
+            self._schedule_pump()
+
+    def _run_again(self, batch: list[_Item], *, started: bool) -> None:
+        """What is not settled goes back to the front; `started` counts as an attempt."""
         for item in reversed(batch):
-            item.attempts += 1
-            if item.attempts >= _MAX_ATTEMPTS or alone:
-                _settle(item, OperationError(Fault.UNAVAILABLE, "The key manager is away."))
+            if item.future.done():
+                continue
+            item.attempts += started
+            if item.attempts >= _MAX_ATTEMPTS or self._breaker_open:
+                _settle(item, _away())
             else:
-                self._enqueue(item, first=True)
-        if alone:
-            self._refuse_all("The key manager is away.")
+                self._queue.appendleft(item)
+        self._schedule_pump()
 
-    def _refuse_all(self, why: str) -> None:
+    def _refuse_all(self) -> None:
         while self._queue:
-            _settle(self._queue.popleft(), OperationError(Fault.UNAVAILABLE, why))
+            _settle(self._queue.popleft(), _away())
 
-    def _report_lanes(self) -> None:
-        idle = sum(not waiter.done() for waiter in self._idle)
-        busy = len(self._lanes) - idle - self._failed
-        self._metrics.set_lanes(idle=idle, busy=busy, failed=self._failed)
+    # ---- lanes -----------------------------------------------------------------------------
+
+    async def _supervise(self, index: int) -> None:
+        """Keep one lane running: start it, wait until it breaks, start another."""
+        pause = _FIRST_PAUSE_SECONDS
+        while True:
+            began = time.monotonic()
+            try:
+                lane = await self._start(index)
+            except LaneError as error:
+                self._start_failed(error)
+                if error.reason is BreakReason.LOGIN:
+                    return
+                self._metrics.restarted(error.reason)
+            else:
+                try:
+                    broken = await self._serve(index, lane)
+                finally:
+                    self._remove(index, lane)
+                    await lane.close()
+                _log.warning("KMI %s: lane %d broke: %s", self.name, index, broken.message)
+                self._metrics.restarted(broken.reason)
+                if time.monotonic() - began > _STEADY_SECONDS:
+                    pause = _FIRST_PAUSE_SECONDS
+            await asyncio.sleep(pause)
+            pause = min(max(pause * 2, _SECOND_PAUSE_SECONDS), _LAST_PAUSE_SECONDS)
+
+    async def _start(self, index: int) -> Lane:
+        """One after the other: a wrong PIN must be tried once, not once for every lane."""
+        async with self._starting:
+            if self._login_refused is not None:
+                raise self._login_refused
+            return await self._launcher.launch(index)
+
+    async def _serve(self, index: int, lane: Lane) -> LaneError:
+        self._lanes[index] = lane
+        self._idle.append(lane)
+        self._breaker_open = False
+        self._become()
+        self._schedule_pump()
+        return await lane.wait_broken()
+
+    def _remove(self, index: int, lane: Lane) -> None:
+        self._lanes[index] = None
+        if lane in self._idle:
+            self._idle.remove(lane)
+        self._become()
+
+    def _start_failed(self, error: LaneError) -> None:
+        if error.message != self.error:
+            _log.error("KMI %s: a lane cannot be started: %s", self.name, error.message)
+        self.error = error.message
+        if error.reason is BreakReason.LOGIN:
+            self._login_refused = error
+        if not any(self._lanes):
+            # Nothing is there and nothing can be started: the next request need not wait for it.
+            self._breaker_open = True
+            self._refuse_all()
+        self._become()
+        self._settled.set()
+
+    def _become(self) -> None:
+        up = sum(lane is not None for lane in self._lanes)
+        if up == len(self._lanes):
+            state = KmiState.CONNECTED
+            self.error = ""
+            self._settled.set()
+        else:
+            state = KmiState.DEGRADED if up else KmiState.DISCONNECTED
+        if state is not self.state:
+            _log.info("KMI %s is %s", self.name, state)
+        self.state = state
+        self._metrics.set_state(state)
+        self._report()
+
+    def _report(self) -> None:
+        up = sum(lane is not None for lane in self._lanes)
+        away = len(self._lanes) - up
+        self._metrics.queue_depth.set(len(self._queue))
+        self._metrics.set_lanes(
+            idle=len(self._idle),
+            busy=up - len(self._idle),
+            starting=0 if self._breaker_open else away,
+            failed=away if self._breaker_open else 0,
+        )
 
 
-async def _probe(lane: Lane) -> str:
-    try:
+async def _probe(lane: Lane) -> None:
+    with suppress(LaneError):  # its supervisor hears of it
         await lane.probe()
-    except (OperationError, LaneError) as error:
-        return str(error)
-    return ""
 
 
 def _settle(item: _Item, outcome: Result | OperationError) -> None:
@@ -326,6 +455,10 @@ def _settle(item: _Item, outcome: Result | OperationError) -> None:
 
 def _expire(item: _Item) -> None:
     _settle(item, _deadline_exceeded())
+
+
+def _away() -> OperationError:
+    return OperationError(Fault.UNAVAILABLE, "The key manager is away.")
 
 
 def _deadline_exceeded() -> OperationError:

@@ -2,28 +2,45 @@
 
 from __future__ import annotations
 
-from xkiproxy.config.models import KmiSettings, SoftwareSettings
-from xkiproxy.kmi.base import InlineLane, KeyManager, KeyManagerError
+from xkiproxy.config.models import KmiSettings, Pkcs11Settings, SoftwareSettings
+from xkiproxy.kmi.base import KeyManager, KeyManagerError
+from xkiproxy.kmi.dispatcher import InlineKmi, Kmi, KmiMetrics, QueuedKmi
+from xkiproxy.kmi.pkcs11 import Pkcs11KeyManager, Pkcs11Launcher
 from xkiproxy.kmi.software import SoftwareLane, open_keyring
+from xkiproxy.observability.metrics import Metrics
 
 
 def open_key_manager(settings: KmiSettings) -> KeyManager:
     """The administrator's side of a KMI; raises KeyManagerError or SecretError."""
     if isinstance(settings, SoftwareSettings):
         return open_keyring(settings)
+    if isinstance(settings, Pkcs11Settings):
+        return Pkcs11KeyManager(settings)
     raise _unknown(settings)
 
 
-def open_inline_lane(settings: KmiSettings) -> InlineLane:
-    """The server's side of a KMI that executes on the spot.
+def open_kmi(settings: KmiSettings, metrics: Metrics) -> Kmi:
+    """The server's side of a KMI, not started yet.
 
     Raises:
         KeyManagerError: what holds the keys cannot be opened.
         SecretError: a secret for it cannot be had.
         OperationError: its keys cannot be read.
     """
+    bound = KmiMetrics(metrics, settings.name)
     if isinstance(settings, SoftwareSettings):
-        return SoftwareLane(open_keyring(settings))
+        lane = SoftwareLane(open_keyring(settings))
+        return InlineKmi(settings.name, settings.type, lane, bound)
+    if isinstance(settings, Pkcs11Settings):
+        return QueuedKmi(
+            settings.name,
+            settings.type,
+            Pkcs11Launcher(settings, settings.pin.read()),
+            bound,
+            lanes=settings.lanes,
+            queue_size=settings.queue_size,
+            max_batch=settings.max_batch,
+        )
     raise _unknown(settings)
 
 

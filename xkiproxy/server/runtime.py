@@ -14,16 +14,16 @@ from xkiproxy import __version__
 from xkiproxy.config import Config, ConfigError, Problem
 from xkiproxy.config.models import KeystoreSettings, KmiSettings
 from xkiproxy.config.secrets import SecretError
-from xkiproxy.crypto.operations import KeyState, OperationError
+from xkiproxy.crypto.operations import OperationError
 from xkiproxy.keystores.catalog import CatalogError
 from xkiproxy.keystores.credentials import CredentialError, load_credentials
 from xkiproxy.keystores.keystore import KeyStore
-from xkiproxy.keystores.lifecycle import purge_due
+from xkiproxy.keystores.lifecycle import due_entries, purge_due
 from xkiproxy.keystores.signing_keys import CachedSigningKeys
 from xkiproxy.keystores.sqlite_catalog import SqliteCatalog
 from xkiproxy.kmi.base import KeyManagerError, KmiState
-from xkiproxy.kmi.dispatcher import InlineKmi, KmiMetrics
-from xkiproxy.kmi.registry import open_inline_lane, open_key_manager
+from xkiproxy.kmi.dispatcher import Kmi
+from xkiproxy.kmi.registry import open_key_manager, open_kmi
 from xkiproxy.observability.audit import AuditError, AuditLog
 from xkiproxy.observability.metrics import Metrics
 from xkiproxy.protocols.registry import PROTOCOLS
@@ -36,7 +36,7 @@ _Part = TypeVar("_Part")
 
 _REFRESH_SECONDS = 0.25
 _AUDIT_SECONDS = 1.0
-_CHECK_SECONDS = 20.0
+_CHECK_SECONDS = 30.0
 _PURGE_SECONDS = 60.0
 
 _MISTAKES = (
@@ -53,6 +53,7 @@ class Runtime:
         self.metrics = Metrics()
         self.condition = Condition()
         self.started = datetime.now(UTC)
+        self._revision = 0
         self._problems: list[Problem] = []
         self.context = self._try("server.tls", self._tls_context)
         self.catalog = self._try("catalog.path", lambda: SqliteCatalog(config.catalog.path))
@@ -83,12 +84,8 @@ class Runtime:
         self.metrics.certificate_expiry.labels("public").set(expiry.timestamp())
         return server_context(tls)
 
-    def _kmi_opener(self, settings: KmiSettings) -> Callable[[], InlineKmi]:
-        def open_kmi() -> InlineKmi:
-            metrics = KmiMetrics(self.metrics, settings.name)
-            return InlineKmi(settings.name, settings.type, open_inline_lane(settings), metrics)
-
-        return open_kmi
+    def _kmi_opener(self, settings: KmiSettings) -> Callable[[], Kmi]:
+        return lambda: open_kmi(settings, self.metrics)
 
     def _tenant_opener(self, settings: KeystoreSettings) -> Callable[[], Tenant]:
         def open_tenant() -> Tenant:
@@ -109,6 +106,12 @@ class Runtime:
         for kmi in self.kmis.values():
             await kmi.close()
         self.catalog.close()
+
+    async def start(self) -> None:
+        """Start the KMIs and check them once."""
+        for kmi in self.kmis.values():
+            kmi.start()
+        await self.check_kmis()
 
     async def check_kmis(self) -> None:
         """A deep check of every KMI."""
@@ -132,8 +135,10 @@ class Runtime:
             self.condition.fail("catalog", str(error))
         else:
             self.condition.recover("catalog")
+        changed = self.catalog.revision != self._revision
+        self._revision = self.catalog.revision
         for kmi in self.kmis.values():
-            kmi.refresh()
+            kmi.refresh(changed)
 
     async def _check_audit(self, audit: AuditLog) -> None:
         try:
@@ -145,9 +150,8 @@ class Runtime:
 
     async def _purge(self) -> None:
         now = time.time()
-        due = [e for e in self.catalog.entries() if e.state is KeyState.PENDING_DELETION]
-        if any(entry.deletion_time is not None and entry.deletion_time <= now for entry in due):
-            await asyncio.to_thread(_purge_due, self.config, now)
+        if kmis := {entry.kmi for entry in due_entries(self.catalog, now)}:
+            await asyncio.to_thread(_purge_due, self.config, kmis, now)
 
     def problems(self) -> list[str]:
         """Why the proxy is not ready; empty when it is."""
@@ -192,10 +196,10 @@ def _store_status(tenant: Tenant) -> dict[str, Any]:
     }
 
 
-def _purge_due(config: Config, now: float) -> None:
+def _purge_due(config: Config, kmis: set[str], now: float) -> None:
     """Destroy the keys whose time has come; in a thread, with connections of its own."""
     catalog = SqliteCatalog(config.catalog.path)
-    managers = {kmi.name: open_key_manager(kmi) for kmi in config.kmi}
+    managers = {kmi.name: open_key_manager(kmi) for kmi in config.kmi if kmi.name in kmis}
     try:
         for entry in purge_due(catalog, managers, now):
             _log.warning("key %s of KMI %s was destroyed as scheduled", entry.key_id, entry.kmi)

@@ -42,7 +42,7 @@ async def _serve(config: Config) -> None:
         stack.push_async_callback(runtime.close)
         audit = AuditLog(config.audit.path)
         stack.callback(audit.close)
-        await runtime.check_kmis()
+        await runtime.start()
         listener = await _open_listeners(config, runtime, audit, stack)
         housekeeping = asyncio.create_task(runtime.keep_fresh(audit))
         stack.push_async_callback(_cancel, housekeeping)

@@ -91,6 +91,7 @@ class UnwrappedKey:
     """A key with the material of its versions; none where `info.problem` is set."""
 
     info: KeyInfo
+    spec: KeySpec
     materials: Mapping[int, bytes] = field(repr=False)
 
 
@@ -142,7 +143,7 @@ class Keyring:
         """Add a version; the older ones go on decrypting."""
         with self._database.writing() as connection:
             info = self._existing(connection, key_id)
-            if info.problem:
+            if info.problem or info.spec is None:
                 raise KeyManagerError(f"{self._place(key_id)}: {info.problem}")
             self._add_version(connection, key_id, info.spec, info.version + 1, time.time())
             return self._existing(connection, key_id)
@@ -225,7 +226,7 @@ class Keyring:
             except InvalidTag:
                 problem = f"version {number} was altered; restore the keyring from a backup"
         info = KeyInfo(key_id, spec, numbers, created, problem=problem)
-        return UnwrappedKey(info, {} if problem else materials)
+        return UnwrappedKey(info, spec, {} if problem else materials)
 
     def _meta(self, name: str) -> bytes:
         with self._database.reading() as connection:

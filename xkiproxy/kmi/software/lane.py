@@ -87,13 +87,14 @@ class _Version:
 class _Key:
     """A key, ready to use."""
 
-    __slots__ = ("algorithms", "default", "info", "newest", "newest_gcm", "versions")
+    __slots__ = ("algorithms", "default", "info", "newest", "newest_gcm", "spec", "versions")
 
     def __init__(self, key: UnwrappedKey) -> None:
         self.info: KeyInfo = key.info
-        self.algorithms = ALGORITHMS[key.info.spec]
+        self.spec = key.spec
+        self.algorithms = ALGORITHMS[key.spec]
         self.default = self.algorithms[0]
-        self.versions = {n: _Version(key.info.spec, m) for n, m in key.materials.items()}
+        self.versions = {n: _Version(key.spec, m) for n, m in key.materials.items()}
         self.newest = key.info.version
         self.newest_gcm = self.versions[self.newest].gcm
 
@@ -194,8 +195,9 @@ class SoftwareLane:
         return Decrypted(plaintext, number, algorithm, None)
 
     def _describe(self, operation: Describe) -> KeyDescription:
-        info = (self._keys.get(operation.key_id) or self._find(operation.key_id)).info
-        return KeyDescription(info.key_id, info.spec, info.usage, info.version, info.created)
+        key = self._keys.get(operation.key_id) or self._find(operation.key_id)
+        info = key.info
+        return KeyDescription(info.key_id, key.spec, info.usage, info.version, info.created)
 
     def _find(self, key_id: str) -> _Key:
         """A key that is not in memory as it should be: another process may have changed it."""
@@ -269,5 +271,5 @@ def _check_single_version(key: _Key) -> None:
 def _unsupported(key: _Key, algorithm: Algorithm) -> OperationError:
     known = ", ".join(key.algorithms)
     return OperationError(
-        Fault.UNSUPPORTED, f"A key of spec {key.info.spec} does {known}, not {algorithm}."
+        Fault.UNSUPPORTED, f"A key of spec {key.spec} does {known}, not {algorithm}."
     )

@@ -214,7 +214,9 @@ def encode_description(result: KeyDescription) -> Fields:
         "KeyUsage": "ENCRYPT/DECRYPT",
         "KeyState": result.state,
         "Origin": "EXTERNAL_KEY_STORE",
-        "CreateTime": datetime.fromtimestamp(result.created, UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "CreateTime": datetime.fromtimestamp(result.created or 0, UTC).strftime(
+            "%Y-%m-%dT%H:%M:%SZ"
+        ),
     }
 
 
