@@ -211,9 +211,9 @@ def _purge_due(config: Config, kmis: set[str], now: float) -> None:
 
 async def _every(seconds: float, work: Callable[[], Any]) -> None:
     while True:
+        await asyncio.sleep(seconds)
         try:
             await work()
         except Exception:
             # Housekeeping must outlive a fault in one of its rounds.
             _log.exception("housekeeping failed")
-        await asyncio.sleep(seconds)
