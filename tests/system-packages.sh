@@ -1,13 +1,28 @@
 #!/bin/sh
-# Installs the Debian packages that the tests call, where they are missing.
+# Installs the Debian packages that the tests use, where they are missing.
 set -eu
 
 missing=""
 need() { # need COMMAND PACKAGE
     command -v "$1" >/dev/null 2>&1 || missing="$missing $2"
 }
+need_file() { # need_file PACKAGE PLACE...: the file is in one of these places
+    package="$1"
+    shift
+    for place in "$@"; do
+        [ ! -e "$place" ] || return 0
+    done
+    missing="$missing $package"
+}
 need openssl openssl
 need curl curl
+need softhsm2-util softhsm2
+need_file softhsm2 /usr/lib/softhsm/libsofthsm2.so
+need pkcs11-tool opensc
+need certutil libnss3-tools
+need_file libnss3 /usr/lib/*/libsoftokn3.so
+need gcc gcc
+need_file libc6-dev /usr/include/stdio.h
 
 [ -n "$missing" ] || exit 0
 sudo=""

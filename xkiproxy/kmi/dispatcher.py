@@ -32,12 +32,11 @@ _LANE_STATES = ("idle", "busy", "starting", "failed")
 
 _MAX_ATTEMPTS = 2
 
-_FIRST_PAUSE_SECONDS = 0.0
-_SECOND_PAUSE_SECONDS = 0.1
+_FIRST_PAUSE_SECONDS = 0.1
 _LAST_PAUSE_SECONDS = 2.0
-"""Pauses between the starts of a lane: none at first, then twice as long each time, up to this."""
+"""Pauses between the starts of a lane: none, then the first, then doubled, up to the last."""
 
-_STEADY_SECONDS = 10.0
+_STEADY_SECONDS = 1.0
 """A lane that ran so long was well: its next start is not delayed."""
 
 
@@ -356,7 +355,7 @@ class QueuedKmi:
 
     async def _supervise(self, index: int) -> None:
         """Keep one lane running: start it, wait until it breaks, start another."""
-        pause = _FIRST_PAUSE_SECONDS
+        pause = 0.0
         while True:
             began = time.monotonic()
             try:
@@ -375,9 +374,11 @@ class QueuedKmi:
                 _log.warning("KMI %s: lane %d broke: %s", self.name, index, broken.message)
                 self._metrics.restarted(broken.reason)
                 if time.monotonic() - began > _STEADY_SECONDS:
-                    pause = _FIRST_PAUSE_SECONDS
-            await asyncio.sleep(pause)
-            pause = min(max(pause * 2, _SECOND_PAUSE_SECONDS), _LAST_PAUSE_SECONDS)
+                    pause = 0.0
+            alone = not self._breaker_open and not any(self._lanes)
+            # Requests wait for the last lane: it is not made to wait long.
+            await asyncio.sleep(min(pause, _FIRST_PAUSE_SECONDS) if alone else pause)
+            pause = min(max(pause * 2, _FIRST_PAUSE_SECONDS), _LAST_PAUSE_SECONDS)
 
     async def _start(self, index: int) -> Lane:
         """One after the other: a wrong PIN must be tried once, not once for every lane."""

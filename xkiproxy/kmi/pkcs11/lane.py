@@ -84,6 +84,10 @@ class Pkcs11Lane(asyncio.Protocol):
     async def _send(self, frame: bytes, count: int, settle: Settle | None) -> None:
         if self._broken.done():
             raise self._broken.result()
+        if self._process.popen.poll() is not None:
+            # It ended a moment ago: what it has not got it cannot be the cause of.
+            self._break("its process ended", BreakReason.EXIT)
+            raise LaneError("its process ended", BreakReason.EXIT, started=False)
         assert self._transport is not None  # noqa: S101 - open() comes first
         flight = _Flight(self._loop.create_future(), count, settle)
         self._flights.append(flight)

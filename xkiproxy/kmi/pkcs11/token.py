@@ -8,6 +8,7 @@ operation, or to the lane.
 from __future__ import annotations
 
 import ctypes
+import struct
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from pkcs11 import (
     ObjectClass,
     exceptions,
 )
+from pkcs11.attributes import AttributeMapper
 
 from xkiproxy.crypto import envelope
 from xkiproxy.crypto.algorithms import (
@@ -44,6 +46,7 @@ KEY_CACHE_SECONDS = 10.0
 """How long a lane trusts what it found of a key: another host may have rotated it."""
 
 _RANDOM_POOL = 64 * 12
+_ULONG = struct.Struct("L")
 _GCM_IV = IV_SIZES[Algorithm.AES_GCM]
 
 
@@ -158,7 +161,9 @@ class Token:
         self._keys: dict[str, _Key] = {}
         self._pool = b""
         try:
-            self._session = _find_token(module, label, serial).open(user_pin=pin, rw=rw)
+            self._session = _find_token(module, label, serial).open(
+                user_pin=pin, rw=rw, attribute_mapper=_attribute_mapper()
+            )
             self._probe_key = self._session.generate_key(
                 KeyType.AES, 256, store=False, template={Attribute.SENSITIVE: True}
             )
@@ -219,7 +224,7 @@ class Token:
         Some modules answer a wrong tag with CKR_GENERAL_ERROR or CKR_FUNCTION_FAILED, which also
         say that a device is broken. Under a decrypt the probe key decides which it was.
         """
-        if isinstance(error, _DEVICE_ERRORS):
+        if isinstance(error, _DEVICE_ERRORS) or _is_not_initialized(error):
             raise BrokenError(_name(error)) from None
         if isinstance(error, _UNSUPPORTED_ERRORS):
             return OperationError(Fault.UNSUPPORTED, "The token cannot do this with this key.")
@@ -484,7 +489,8 @@ def _find_token(module: str, label: str | None, serial: str | None) -> Any:
     try:
         library = pkcs11.lib(module)
     except (RuntimeError, OSError) as error:
-        raise TokenError(f"module {module} cannot be loaded ({error or _name(error)})") from None
+        reason = str(error) or _name(error)
+        raise TokenError(f"module {module} cannot be loaded ({reason})") from None
     wanted_serial = serial.encode() if serial is not None else None
     found = [
         token
@@ -498,6 +504,16 @@ def _find_token(module: str, label: str | None, serial: str | None) -> Any:
     if len(found) > 1:
         raise TokenError(f"module {module} has {len(found)} tokens of {name}; name its serial")
     return found[0]
+
+
+def _attribute_mapper() -> AttributeMapper:
+    """One that takes what is in other vendors' objects, and what is in nobody's enumeration."""
+    mapper = AttributeMapper()
+    mapper.register_handler(Attribute.KEY_TYPE, _ULONG.pack, lambda v: int(_ULONG.unpack(v)[0]))
+    mapper.register_handler(
+        Attribute.LABEL, lambda text: text.encode(), lambda v: v.decode(errors="backslashreplace")
+    )
+    return mapper
 
 
 def _gcm(iv: bytes, aad: bytes) -> GCMParams:
@@ -584,5 +600,11 @@ def _unpad(data: bytes) -> bytes:
     return data[:-count]
 
 
+def _is_not_initialized(error: exceptions.PKCS11Error) -> bool:
+    """CKR_CRYPTOKI_NOT_INITIALIZED, for which python-pkcs11 has a text and no class."""
+    return type(error) is exceptions.PKCS11Error and "not initialized" in str(error)
+
+
 def _name(error: BaseException) -> str:
-    return type(error).__name__
+    """What python-pkcs11 calls it; of a code that it does not know, what it says of that."""
+    return str(error) if type(error) is exceptions.PKCS11Error else type(error).__name__
