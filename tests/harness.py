@@ -47,6 +47,10 @@ STATES = {"disabled": KeyState.DISABLED, "deleted": KeyState.PENDING_DELETION}
 USAGES = {"encrypt-only": Usage.ENCRYPT, "decrypt-only": Usage.DECRYPT}
 
 
+AWS_ID = "BETWEENABCDEFGHIJKLM"
+AWS_SECRET = "PqTjvwAWKC+nZpMbw/yJkQ2s0mTUXb3dLHgRfVnc1xE="
+
+
 class FaultyLane:
     """The software lane, with a fault in front of it when a test plants one."""
 

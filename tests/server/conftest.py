@@ -10,7 +10,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 from cloud import Cloud
-from harness import FaultyLane, Proxy, fill_catalog, make_certificate
+from harness import AWS_ID, AWS_SECRET, FaultyLane, Proxy, fill_catalog, make_certificate
 
 from xkiproxy.config.models import ServerSettings, TlsSettings
 from xkiproxy.config.secrets import SecretSource
@@ -23,6 +23,7 @@ from xkiproxy.kmi.software import Keyring, SoftwareLane, create_keyring, new_mas
 from xkiproxy.observability.audit import AuditLog
 from xkiproxy.observability.metrics import Metrics
 from xkiproxy.protocols.xki import XkiProtocol
+from xkiproxy.protocols.xks import XksProtocol
 from xkiproxy.server.condition import Condition
 from xkiproxy.server.gateway import Gateway, Tenant
 from xkiproxy.server.listener import Listener
@@ -53,10 +54,12 @@ async def proxy(tmp_path: Path, server_settings: ServerSettings) -> AsyncIterato
     cloud = Cloud("XKITESTACCESSKEY00000001", "a-secret-of-the-tests-0123456789")
     credentials = [Credential(cloud.access_key_id, cloud.secret, "2026-01-01T00:00:00Z")]
     store = KeyStore("demo", catalog, [kmi], CachedSigningKeys(credentials), deadline=5.0)
+    aws_keys = CachedSigningKeys([Credential(AWS_ID, AWS_SECRET, "2026-01-01T00:00:00Z")])
+    aws_store = KeyStore("aws", catalog, [kmi], aws_keys, deadline=5.0)
     audit_path = tmp_path / "audit.jsonl"
     audit = AuditLog(audit_path)
     gateway = Gateway(
-        [Tenant("/demo", XkiProtocol(), store)],
+        [Tenant("/demo", XkiProtocol(), store), Tenant("/aws", XksProtocol(), aws_store)],
         audit,
         condition,
         metrics,

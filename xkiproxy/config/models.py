@@ -178,7 +178,7 @@ class KeystoreSettings(Section):
     """One tenant: a path prefix, a protocol, credentials and the KMIs that hold its keys."""
 
     name: Name
-    protocol: Literal["xki"]
+    protocol: Literal["xki", "xks"]
     path_prefix: Annotated[str, AfterValidator(_path_prefix)]
     kmi: Annotated[tuple[Name, ...], Field(min_length=1)]
     credentials: SecretSource

@@ -8,6 +8,7 @@ no metadata can ever pass for an AAD, nor the other way round (AWS XKS API, "met
 
 from __future__ import annotations
 
+import hashlib
 import struct
 
 from xkiproxy.crypto.operations import invalid_ciphertext
@@ -40,6 +41,15 @@ def key_version(data: bytes) -> int:
     if form != _FORMAT or version == 0:
         raise invalid_ciphertext()
     return int(version)
+
+
+def integrity_value(aad: bytes, metadata_: bytes, iv: bytes, ciphertext: bytes) -> bytes:
+    """SHA-256 over all that is stored of an encryption: 32 bytes.
+
+    `ciphertext` ends with its tag; `metadata_` is empty in the raw format. (AWS XKS API,
+    "ciphertextDataIntegrityValue".)
+    """
+    return hashlib.sha256(b"%b%b%b%b" % (aad, metadata_, iv, ciphertext)).digest()
 
 
 def authenticated_data(aad: bytes, version: int) -> bytes:

@@ -47,17 +47,23 @@ class Encrypt:
     iv: bytes | None = None
     aad: bytes = field(default=b"", repr=False)
     format: CiphertextFormat = CiphertextFormat.ENVELOPE
+    integrity: bool = False
+    """Whether the key store makes an integrity value and then proves that all of it decrypts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Encrypted:
-    """The answer to `Encrypt`: under GCM `ciphertext` ends with its 16-byte tag."""
+    """The answer to `Encrypt`: under GCM `ciphertext` ends with its 16-byte tag.
+
+    `integrity` is empty, or `envelope.integrity_value` of what is returned.
+    """
 
     ciphertext: bytes = field(repr=False)
     iv: bytes
     version: int
     algorithm: Algorithm
     padding: Padding | None
+    integrity: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

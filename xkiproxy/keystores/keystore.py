@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import hmac
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 
+from xkiproxy.crypto import envelope
 from xkiproxy.crypto.algorithms import Usage
 from xkiproxy.crypto.operations import (
     Availability,
+    CiphertextFormat,
     Decrypt,
     Decrypted,
     Describe,
@@ -104,6 +107,9 @@ class KeyStore:
         result = await kmi.submit(operation, deadline)
         if isinstance(result, Encrypted | Decrypted):
             trail.version = result.version
+        if isinstance(operation, Encrypt) and operation.integrity:
+            assert isinstance(result, Encrypted)  # noqa: S101 - the KMI's contract
+            return await _proven(operation, result, kmi, deadline)
         return result
 
     def health(self) -> HealthReport:
@@ -151,6 +157,40 @@ class KeyStore:
             return RandomBytes(await asyncio.to_thread(wrap, operation.wrapping, drawn.data))
         finally:
             self._wrapping -= 1
+
+
+async def _proven(operation: Encrypt, result: Encrypted, kmi: Kmi, deadline: float) -> Encrypted:
+    """The result with its integrity value, once it has been shown to decrypt.
+
+    The order matters (AWS XKS API): the value is made of what will be returned, and only then is
+    that decrypted. Whatever changes a bit in between makes one of the two wrong.
+    """
+    raw = operation.format is CiphertextFormat.RAW
+    metadata = b"" if raw else envelope.metadata(result.version)
+    value = envelope.integrity_value(operation.aad, metadata, result.iv, result.ciphertext)
+    decrypt = Decrypt(
+        operation.key_id,
+        result.ciphertext,
+        result.iv,
+        None if raw else result.version,
+        result.algorithm,
+        result.padding,
+        operation.aad,
+        operation.format,
+    )
+    if not await _decrypts_to(kmi, decrypt, operation.plaintext, deadline):
+        raise OperationError(Fault.INTERNAL, "The key manager does not decrypt what it encrypted.")
+    return replace(result, integrity=value)
+
+
+async def _decrypts_to(kmi: Kmi, operation: Decrypt, wanted: bytes, deadline: float) -> bool:
+    try:
+        result = await kmi.submit(operation, deadline)
+    except OperationError as error:
+        if error.fault is Fault.INVALID_CIPHERTEXT:
+            return False
+        raise
+    return isinstance(result, Decrypted) and hmac.compare_digest(result.plaintext, wanted)
 
 
 def _availability(kmi: Kmi, oldest: float) -> Availability:

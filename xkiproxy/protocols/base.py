@@ -71,7 +71,11 @@ class SignedRequest:
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Who signed a request. `nonce` may be used once until `expires` (seconds since the epoch)."""
+    """Who signed a request.
+
+    `nonce` may be used once until `expires` (seconds since the epoch); it is empty in a protocol
+    whose signatures have none.
+    """
 
     access_key_id: str
     nonce: str

@@ -171,7 +171,9 @@ class Gateway:
         request = SignedRequest(http.method, path, query, http._message.raw_headers, body)
         now = time.time()
         identity = protocol.authenticate(request, store.signing_keys, now)
-        if not store.replay.admit(identity.access_key_id, identity.nonce, identity.expires, now):
+        if identity.nonce and not store.replay.admit(
+            identity.access_key_id, identity.nonce, identity.expires, now
+        ):
             raise protocol.refuse(Trouble.REPLAYED)
         exchange.access_key_id = identity.access_key_id
         exchange.mark("authenticate")

@@ -17,9 +17,8 @@ from __future__ import annotations
 import hashlib
 import hmac
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from enum import Enum
 from functools import lru_cache, partial
 from urllib.parse import quote, unquote_plus
@@ -28,6 +27,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.hmac import HMAC
 
 from xkiproxy.protocols.base import Identity, Refusal, SignedRequest, SigningKeys
+from xkiproxy.protocols.signed_headers import basic_timestamp, fold_headers
 
 PRODUCT = "kms"
 WINDOW_SECONDS = 15 * 60
@@ -131,7 +131,7 @@ def verify(request: SignedRequest, keys: SigningKeys, now: float) -> Identity:
             `InvalidAcsDate` if the date is missing, unreadable or over 15 minutes off, and 401
             `Unauthorized`, always in the same words, for everything that does not verify.
     """
-    headers = _fold(request.headers)
+    headers = fold_headers(request.headers)
     head, signature = _parse_authorization(headers.get(b"authorization"))
     date = headers.get(_DATE_HEADER, b"").decode("latin-1")
     timestamp = _timestamp(date)
@@ -177,7 +177,7 @@ def sign(
     every x-acs-*, host and content-type header among them is signed.
     """
     raw = [(name.encode("ascii"), value.encode("utf-8")) for name, value in headers.items()]
-    folded = _fold(raw)
+    folded = fold_headers(raw)
     signed = sorted(name for name in folded if _is_signed(name))
     date = folded[_DATE_HEADER].decode("ascii").replace("-", "").partition("T")[0]
     scope = f"{date}/{region}/{PRODUCT}/{_TERMINATOR}"
@@ -219,18 +219,6 @@ def _signature(
     )
     to_sign = algorithm.wire_name + "\n" + algorithm.digest(canonical).hex()
     return algorithm.mac(key, to_sign.encode("ascii")).hex().encode("ascii")
-
-
-def _fold(headers: Sequence[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
-    """Names in lower case, values trimmed, repeated headers joined by a comma (RFC 9110 5.3)."""
-    folded: dict[bytes, bytes] = {}
-    for name, value in headers:
-        lower = name.lower()
-        if lower in folded:
-            folded[lower] = folded[lower] + b"," + value.strip()
-        else:
-            folded[lower] = value.strip()
-    return folded
 
 
 def _is_signed(name: bytes) -> bool:
@@ -287,11 +275,9 @@ def _timestamp(date: str) -> float:
     if not date:
         raise Refusal(400, "InvalidAcsDate", "The x-acs-date header is missing.", "date")
     if _BASIC_DATE.fullmatch(date) or _EXTENDED_DATE.fullmatch(date):
-        plain = date.replace("-", "").replace(":", "")
-        try:
-            return datetime.strptime(plain, "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC).timestamp()
-        except ValueError:
-            pass  # a 31st of February
+        timestamp = basic_timestamp(date.replace("-", "").replace(":", ""))
+        if timestamp is not None:
+            return timestamp
     raise Refusal(400, "InvalidAcsDate", "Write x-acs-date as yyyymmddThhmmssZ, in UTC.", "date")
 
 

@@ -6,11 +6,7 @@ A JSON null is an absent field. Encoding is the reverse, with no field that the 
 
 from __future__ import annotations
 
-import binascii
 from datetime import UTC, datetime
-from typing import TypeVar
-
-import orjson
 
 from xkiproxy.crypto import envelope
 from xkiproxy.crypto.algorithms import Algorithm, KeySpec, Padding
@@ -35,9 +31,8 @@ from xkiproxy.crypto.wrapping import (
     load_public_key,
 )
 from xkiproxy.protocols.base import Caller, Fields, Refusal
+from xkiproxy.protocols.json_fields import base64, binary, choice, parse_object
 from xkiproxy.protocols.xki.errors import invalid, required
-
-_Choice = TypeVar("_Choice", Algorithm, Padding, OutputForm, WrappingAlgorithm, WrappingKeySpec)
 
 MAX_RANDOM_SIZE = 1024
 DEFAULT_RANDOM_SIZE = 32
@@ -64,12 +59,9 @@ _KEY_SPECS = {
 
 def parse_body(body: bytes) -> Fields:
     """A JSON object; raises Refusal `InvalidRequest`."""
-    try:
-        fields = orjson.loads(body)
-    except orjson.JSONDecodeError:
-        raise Refusal(400, "InvalidRequest", "The body is not JSON in UTF-8.") from None
-    if not isinstance(fields, dict):
-        raise Refusal(400, "InvalidRequest", "The body is not a JSON object.")
+    fields = parse_object(body)
+    if fields is None:
+        raise Refusal(400, "InvalidRequest", "The body is not a JSON object in UTF-8.")
     return fields
 
 
@@ -96,15 +88,15 @@ def decode_caller(fields: Fields) -> Caller:
 def decode_encrypt(key_id: str, fields: Fields, form: CiphertextFormat) -> Encrypt:
     """An encrypt request; raises Refusal."""
     _check_external_key_id(key_id, fields)
-    plaintext = _binary(fields, "Plaintext")
+    plaintext = binary(fields, "Plaintext", invalid)
     if plaintext is None:
         raise required("Plaintext")
     return Encrypt(
         key_id=key_id,
         plaintext=plaintext,
-        algorithm=_choice(fields, "Algorithm", Algorithm),
-        padding=_choice(fields, "PaddingMode", Padding),
-        iv=_binary(fields, "Iv"),
+        algorithm=choice(fields, "Algorithm", Algorithm, invalid),
+        padding=choice(fields, "PaddingMode", Padding, invalid),
+        iv=binary(fields, "Iv", invalid),
         aad=_aad(fields),
         format=form,
     )
@@ -113,11 +105,11 @@ def decode_encrypt(key_id: str, fields: Fields, form: CiphertextFormat) -> Encry
 def decode_decrypt(key_id: str, fields: Fields, form: CiphertextFormat) -> Decrypt:
     """A decrypt request; raises Refusal, or OperationError for a blob that is no envelope."""
     _check_external_key_id(key_id, fields)
-    blob = _binary(fields, "CiphertextBlob")
+    blob = binary(fields, "CiphertextBlob", invalid)
     if blob is None:
         raise required("CiphertextBlob")
-    algorithm = _choice(fields, "Algorithm", Algorithm)
-    iv = _binary(fields, "Iv")
+    algorithm = choice(fields, "Algorithm", Algorithm, invalid)
+    iv = binary(fields, "Iv", invalid)
     if iv is None and algorithm is not Algorithm.AES_ECB:
         raise required("Iv")
     version = None
@@ -132,7 +124,7 @@ def decode_decrypt(key_id: str, fields: Fields, form: CiphertextFormat) -> Decry
         iv=iv or b"",
         version=version,
         algorithm=algorithm,
-        padding=_choice(fields, "PaddingMode", Padding),
+        padding=choice(fields, "PaddingMode", Padding, invalid),
         aad=_aad(fields),
         format=form,
     )
@@ -145,20 +137,20 @@ def decode_random(fields: Fields) -> Random:
         length = DEFAULT_RANDOM_SIZE
     if type(length) is not int or not 1 <= length <= MAX_RANDOM_SIZE:
         raise invalid("Length", f"must be a whole number from 1 to {MAX_RANDOM_SIZE}")
-    output = _choice(fields, "OutputForm", OutputForm) or OutputForm.PLAIN
+    output = choice(fields, "OutputForm", OutputForm, invalid) or OutputForm.PLAIN
     if output is OutputForm.PUBLIC_KEY_WRAPPED:
         return Random(length, output, _decode_wrapping(fields, length))
     return Random(length, output)
 
 
 def _decode_wrapping(fields: Fields, length: int) -> Wrapping:
-    der = _binary(fields, "PublicKeyBlob")
+    der = binary(fields, "PublicKeyBlob", invalid)
     if der is None:
         raise required("PublicKeyBlob")
-    spec = _choice(fields, "WrappingKeySpec", WrappingKeySpec)
+    spec = choice(fields, "WrappingKeySpec", WrappingKeySpec, invalid)
     if spec is None:
         raise required("WrappingKeySpec")
-    algorithm = _choice(fields, "WrappingAlgorithm", WrappingAlgorithm)
+    algorithm = choice(fields, "WrappingAlgorithm", WrappingAlgorithm, invalid)
     if algorithm is None:
         raise required("WrappingAlgorithm")
     try:
@@ -179,9 +171,9 @@ def encode_encrypted(result: Encrypted, key_id: str, form: CiphertextFormat) -> 
     blob = result.ciphertext
     if form is CiphertextFormat.ENVELOPE:
         blob = envelope.metadata(result.version) + blob
-    fields = {"KeyId": key_id, "CiphertextBlob": _base64(blob), "Algorithm": result.algorithm}
+    fields = {"KeyId": key_id, "CiphertextBlob": base64(blob), "Algorithm": result.algorithm}
     if result.iv:
-        fields["Iv"] = _base64(result.iv)
+        fields["Iv"] = base64(result.iv)
     if result.padding is not None:
         fields["PaddingMode"] = result.padding
     return fields
@@ -191,7 +183,7 @@ def encode_decrypted(result: Decrypted, key_id: str) -> Fields:
     """The answer to decrypt."""
     fields = {
         "KeyId": key_id,
-        "Plaintext": _base64(result.plaintext),
+        "Plaintext": base64(result.plaintext),
         "Algorithm": result.algorithm,
     }
     if result.padding is not None:
@@ -203,7 +195,7 @@ def encode_random(result: RandomBytes, output: OutputForm) -> Fields:
     """The answer to random: nothing but the form, where no bytes were asked for."""
     if output is OutputForm.NONE:
         return {"OutputForm": output}
-    return {"OutputForm": output, "Output": _base64(result.data)}
+    return {"OutputForm": output, "Output": base64(result.data)}
 
 
 def encode_description(result: KeyDescription) -> Fields:
@@ -227,37 +219,10 @@ def _check_external_key_id(key_id: str, fields: Fields) -> None:
 
 
 def _aad(fields: Fields) -> bytes:
-    aad = _binary(fields, "Aad") or b""
+    aad = binary(fields, "Aad", invalid) or b""
     if len(aad) > envelope.MAX_AAD_SIZE:
         raise invalid("Aad", f"must be at most {envelope.MAX_AAD_SIZE} bytes")
     return aad
-
-
-def _binary(fields: Fields, name: str) -> bytes | None:
-    """A field in standard Base64 (RFC 4648 section 4), padded, without anything else in it."""
-    value = fields.get(name)
-    if value is None:
-        return None
-    if not isinstance(value, str):
-        raise invalid(name, "must be a string in Base64")
-    try:
-        return binascii.a2b_base64(value, strict_mode=True)
-    except ValueError:  # binascii.Error, or not ASCII
-        raise invalid(name, "is not valid Base64") from None
-
-
-def _choice(fields: Fields, name: str, kind: type[_Choice]) -> _Choice | None:
-    value = fields.get(name)
-    if value is None:
-        return None
-    try:
-        return kind(value)
-    except ValueError:
-        raise invalid(name, f"must be one of {', '.join(kind)}") from None
-
-
-def _base64(data: bytes) -> str:
-    return binascii.b2a_base64(data, newline=False).decode("ascii")
 
 
 def _invalid_metadata(why: str) -> Refusal:

@@ -1,0 +1,60 @@
+"""The errors of XKS, as a table: what happened, and the status and errorName that say so."""
+
+from __future__ import annotations
+
+from xkiproxy.crypto.operations import Fault, OperationError
+from xkiproxy.protocols.base import Refusal, Trouble
+
+_FAULTS = {
+    Fault.INVALID_PARAMETER: (400, "ValidationException"),
+    Fault.INVALID_CIPHERTEXT: (400, "InvalidCiphertextException"),
+    Fault.UNSUPPORTED: (400, "InvalidKeyUsageException"),
+    Fault.KEY_NOT_FOUND: (404, "KeyNotFoundException"),
+    Fault.KEY_DISABLED: (400, "InvalidStateException"),
+    Fault.KEY_PENDING_DELETION: (400, "InvalidStateException"),
+    Fault.KEY_UNUSABLE: (400, "InvalidStateException"),
+    Fault.USAGE_FORBIDDEN: (400, "InvalidKeyUsageException"),
+    Fault.ACCESS_DENIED: (403, "AccessDeniedException"),
+    Fault.THROTTLED: (429, "ThrottlingException"),
+    Fault.UNAVAILABLE: (503, "DependencyTimeoutException"),
+    Fault.DEADLINE_EXCEEDED: (503, "DependencyTimeoutException"),
+    Fault.INTERNAL: (500, "InternalException"),
+}
+
+_UNAUTHENTICATED = (401, "AuthenticationFailedException", "The request is not authenticated.")
+
+_TROUBLES = {
+    Trouble.NOT_HTTP: Refusal(400, "ValidationException", "This is not a valid HTTP request."),
+    Trouble.NOT_FOUND: Refusal(404, "InvalidUriPathException", "There is no such path."),
+    Trouble.METHOD_NOT_ALLOWED: Refusal(405, "InvalidUriPathException", "Use POST."),
+    Trouble.TOO_LARGE: Refusal(
+        501, "UnsupportedOperationException", "The request body is over the limit."
+    ),
+    Trouble.BODY_TIMEOUT: Refusal(400, "ValidationException", "The body did not arrive."),
+    Trouble.REPLAYED: Refusal(*_UNAUTHENTICATED, "replay"),
+}
+
+_MAX_MESSAGE = 500
+
+
+def refusal(why: OperationError | Trouble) -> Refusal:
+    """The refusal that says what happened."""
+    if isinstance(why, Trouble):
+        return _TROUBLES[why]
+    status, name = _FAULTS[why.fault]
+    return Refusal(status, name, why.message)
+
+
+def invalid(name: str, why: str) -> Refusal:
+    """400 `ValidationException`: a parameter is missing or wrong."""
+    return Refusal(400, "ValidationException", f"{name}: {why}.")
+
+
+def unauthenticated(reason: str) -> Refusal:
+    """401, always in the same words."""
+    return Refusal(*_UNAUTHENTICATED, reason)
+
+
+def printable(message: str) -> str:
+    """A message as the specification wants it: under 512 characters of printable ASCII."""
+    return "".join(c if " " <= c <= "~" else "?" for c in message[:_MAX_MESSAGE])
