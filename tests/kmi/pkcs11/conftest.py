@@ -64,7 +64,6 @@ def nss(tmp_path: Path, shim_module: Path, monkeypatch: pytest.MonkeyPatch) -> H
     database = f"sql:{directory / 'db'}"
     run("certutil", "-N", "-d", database, "-f", str(made.pin_file))
     monkeypatch.setenv("SHIM_MODULE", str(_SOFTOKEN))
-    monkeypatch.setenv("SHIM_TAG_IN_SIZE", "1")
     monkeypatch.setenv(
         "SHIM_INIT_PARAMS",
         f"configdir='{database}' certPrefix='' keyPrefix='' secmod='' flags=",

@@ -3,8 +3,6 @@
  *
  *   SHIM_MODULE        the module behind it
  *   SHIM_INIT_PARAMS   LibraryParameters for its C_Initialize, which NSS's softoken needs
- *   SHIM_TAG_IN_SIZE   the size that C_Encrypt says under AES-GCM, when asked for it, gets the tag's
- *                      16 bytes added: softoken 3.87 forgets them, and python-pkcs11 asks always
  *   SHIM_VENDOR        a vendor's numbers for SM4 are taken, and stand for AES-128: no module with
  *                      SM4 can be had here, so this is a stand-in that walks the same path
  *   SHIM_MAKE_IV       C_EncryptInit under AES-GCM makes the IV, as the HSMs of FIPS 140-3 do
@@ -57,7 +55,6 @@ enum {
 #define VENDOR_GCM 0x80000105UL
 #define VENDOR_KEY_SIZE 16UL
 
-#define GCM_TAG_SIZE 16
 #define MAX_TEMPLATE 32
 
 typedef struct {
@@ -95,7 +92,6 @@ typedef struct {
 
 static function_list_t *real;
 static function_list_t ours;
-static int encrypts_gcm;
 
 static rv_t shim_initialize(void *args)
 {
@@ -224,8 +220,7 @@ static rv_t shim_encrypt_init(ulong_t session, mechanism_t *mechanism, ulong_t k
 	mechanism_t standard = *mechanism;
 
 	standard.mechanism = standard_mechanism(mechanism->mechanism);
-	encrypts_gcm = standard.mechanism == CKM_AES_GCM;
-	if (encrypts_gcm && getenv("SHIM_MAKE_IV")) {
+	if (standard.mechanism == CKM_AES_GCM && getenv("SHIM_MAKE_IV")) {
 		gcm_t *gcm = mechanism->parameter;
 
 		if (getrandom(gcm->iv, gcm->iv_length, 0) != (ssize_t)gcm->iv_length)
@@ -281,11 +276,7 @@ static rv_t run_or_refuse(crypt_t call, ulong_t session, unsigned char *data, ul
 static rv_t shim_encrypt(ulong_t session, unsigned char *data, ulong_t length, unsigned char *to,
 			 ulong_t *to_length)
 {
-	rv_t rv = run_or_refuse(real->call[C_ENCRYPT], session, data, length, to, to_length);
-
-	if (rv == CKR_OK && !to && encrypts_gcm && getenv("SHIM_TAG_IN_SIZE"))
-		*to_length += GCM_TAG_SIZE;
-	return rv;
+	return run_or_refuse(real->call[C_ENCRYPT], session, data, length, to, to_length);
 }
 
 static rv_t shim_decrypt(ulong_t session, unsigned char *data, ulong_t length, unsigned char *to,

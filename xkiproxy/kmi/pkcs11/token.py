@@ -7,7 +7,6 @@ operation, or to the lane.
 
 from __future__ import annotations
 
-import ctypes
 import struct
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +16,6 @@ from typing import Any
 import pkcs11
 from pkcs11 import (
     Attribute,
-    GCMParams,
     KeyType,
     Mechanism,
     MechanismFlag,
@@ -41,6 +39,13 @@ from xkiproxy.crypto.algorithms import (
 )
 from xkiproxy.crypto.operations import Fault, OperationError, invalid_ciphertext
 from xkiproxy.kmi.pkcs11 import wire
+from xkiproxy.kmi.pkcs11.cryptoki import (
+    CKM_AES_CBC,
+    CKM_AES_ECB,
+    CKM_AES_GCM,
+    Cryptoki,
+    ModuleError,
+)
 
 KEY_CACHE_SECONDS = 10.0
 """How long a lane trusts what it found of a key: another host may have rotated it."""
@@ -48,6 +53,8 @@ KEY_CACHE_SECONDS = 10.0
 _RANDOM_POOL = 64 * 12
 _ULONG = struct.Struct("L")
 _GCM_IV = IV_SIZES[Algorithm.AES_GCM]
+_NO_IV = bytes(_GCM_IV)
+_BLOCK_MECHANISMS = {Algorithm.AES_CBC: CKM_AES_CBC, Algorithm.AES_ECB: CKM_AES_ECB}
 
 
 class BrokenError(Exception):
@@ -62,18 +69,6 @@ class TokenError(Exception):
     """The token cannot be used, or a key not be managed; the text says why and what to do."""
 
 
-_DEVICE_ERRORS = (
-    exceptions.DeviceError,
-    exceptions.DeviceMemory,
-    exceptions.DeviceRemoved,
-    exceptions.HostMemory,
-    exceptions.SessionClosed,
-    exceptions.SessionCount,
-    exceptions.SessionHandleInvalid,
-    exceptions.TokenNotPresent,
-    exceptions.TokenNotRecognised,
-    exceptions.UserNotLoggedIn,
-)
 _LOGIN_ERRORS = (
     exceptions.PinIncorrect,
     exceptions.PinInvalid,
@@ -82,14 +77,37 @@ _LOGIN_ERRORS = (
     exceptions.PinLocked,
     exceptions.UserPinNotInitialized,
 )
-_HANDLE_ERRORS = (exceptions.KeyHandleInvalid, exceptions.ObjectHandleInvalid)
-_UNSUPPORTED_ERRORS = (
-    exceptions.MechanismInvalid,
-    exceptions.MechanismParamInvalid,
-    exceptions.KeyTypeInconsistent,
-    exceptions.KeySizeRange,
-    exceptions.FunctionNotSupported,
+
+# What C_Encrypt and C_Decrypt return, by what it means.
+_DEVICE_CODES = frozenset(
+    {
+        0x002,  # CKR_HOST_MEMORY
+        0x030,  # CKR_DEVICE_ERROR
+        0x031,  # CKR_DEVICE_MEMORY
+        0x032,  # CKR_DEVICE_REMOVED
+        0x0B0,  # CKR_SESSION_CLOSED
+        0x0B1,  # CKR_SESSION_COUNT
+        0x0B3,  # CKR_SESSION_HANDLE_INVALID
+        0x0E0,  # CKR_TOKEN_NOT_PRESENT
+        0x0E1,  # CKR_TOKEN_NOT_RECOGNIZED
+        0x090,  # CKR_OPERATION_ACTIVE
+        0x101,  # CKR_USER_NOT_LOGGED_IN
+        0x190,  # CKR_CRYPTOKI_NOT_INITIALIZED
+    }
 )
+_AMBIGUOUS_CODES = frozenset({0x005, 0x006})  # CKR_GENERAL_ERROR, CKR_FUNCTION_FAILED
+_HANDLE_CODES = frozenset({0x060, 0x082})  # CKR_KEY_HANDLE_INVALID, CKR_OBJECT_HANDLE_INVALID
+_DATA_CODES = frozenset({0x020, 0x021})  # CKR_DATA_INVALID, CKR_DATA_LEN_RANGE
+_UNSUPPORTED_CODES = frozenset(
+    {
+        0x054,  # CKR_FUNCTION_NOT_SUPPORTED
+        0x062,  # CKR_KEY_SIZE_RANGE
+        0x063,  # CKR_KEY_TYPE_INCONSISTENT
+        0x070,  # CKR_MECHANISM_INVALID
+        0x071,  # CKR_MECHANISM_PARAM_INVALID
+    }
+)
+_CKR_KEY_FUNCTION_NOT_PERMITTED = 0x068
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +123,7 @@ class Sm4Numbers:
 class _Key:
     """What the token has under one label."""
 
-    versions: dict[int, Any]
+    versions: dict[int, int]
     newest: int
     spec: KeySpec
     usage: Usage
@@ -121,19 +139,6 @@ class FoundKey:
     versions: tuple[int, ...]
     usage: int
     problem: str
-
-
-class _GcmParams(ctypes.Structure):
-    """CK_GCM_PARAMS, for mechanisms that python-pkcs11 does not know."""
-
-    _fields_ = (
-        ("pIv", ctypes.c_char_p),
-        ("ulIvLen", ctypes.c_ulong),
-        ("ulIvBits", ctypes.c_ulong),
-        ("pAAD", ctypes.c_char_p),
-        ("ulAADLen", ctypes.c_ulong),
-        ("ulTagBits", ctypes.c_ulong),
-    )
 
 
 class Token:
@@ -164,9 +169,10 @@ class Token:
             self._session = _find_token(module, label, serial).open(
                 user_pin=pin, rw=rw, attribute_mapper=_attribute_mapper()
             )
+            self._cryptoki = Cryptoki(module, self._session.handle)
             self._probe_key = self._session.generate_key(
                 KeyType.AES, 256, store=False, template={Attribute.SENSITIVE: True}
-            )
+            ).handle
         except _LOGIN_ERRORS as error:
             raise LoginError(f"the token refused the PIN ({_name(error)})") from None
         except exceptions.PKCS11Error as error:
@@ -181,16 +187,12 @@ class Token:
 
     def probe(self) -> None:
         """Encrypt and decrypt with the probe key; raises BrokenError."""
-        params = _gcm(bytes(_GCM_IV), b"")
+        cryptoki, key = self._cryptoki, self._probe_key
         try:
-            data = self._probe_key.encrypt(
-                b"probe", mechanism=Mechanism.AES_GCM, mechanism_param=params
-            )
-            again = self._probe_key.decrypt(
-                data, mechanism=Mechanism.AES_GCM, mechanism_param=_gcm(params.nonce, b"")
-            )
-        except exceptions.PKCS11Error as error:
-            raise BrokenError(f"the probe key failed ({_name(error)})") from None
+            data, iv = cryptoki.encrypt(key, CKM_AES_GCM, bytes(_GCM_IV), b"probe", b"")
+            again = cryptoki.decrypt(key, CKM_AES_GCM, iv, data, b"")
+        except ModuleError as error:
+            raise BrokenError(f"the probe key failed ({error})") from None
         if again != b"probe":
             raise BrokenError("the token does not decrypt what it encrypted")
 
@@ -207,38 +209,46 @@ class Token:
             return self._describe(fields[1])
         except OperationError as error:
             return wire.failure(error)
-        except exceptions.PKCS11Error as error:
+        except (exceptions.PKCS11Error, ModuleError) as error:
             return wire.failure(self._judge(error, fields[0]))
 
     def _with_key(self, run: Any, fields: Sequence[Any]) -> tuple[Any, ...]:
         """Run with the key's handle; once more if the token does not know the handle any more."""
         try:
             return run(self._key(fields[1]), *fields[2:])  # type: ignore[no-any-return]
-        except _HANDLE_ERRORS:
+        except ModuleError as error:
+            if error.code not in _HANDLE_CODES:
+                raise
             del self._keys[fields[1]]
             return run(self._key(fields[1]), *fields[2:])  # type: ignore[no-any-return]
 
-    def _judge(self, error: exceptions.PKCS11Error, kind: int) -> OperationError:
+    def _judge(self, error: exceptions.PKCS11Error | ModuleError, kind: int) -> OperationError:
         """What an error of the module means for the operation; raises BrokenError for the lane.
 
         Some modules answer a wrong tag with CKR_GENERAL_ERROR or CKR_FUNCTION_FAILED, which also
         say that a device is broken. Under a decrypt the probe key decides which it was.
         """
-        if isinstance(error, _DEVICE_ERRORS) or _is_not_initialized(error):
+        if isinstance(error, exceptions.PKCS11Error):
+            # Not from C_Encrypt or C_Decrypt: a search or the generator failed.
             raise BrokenError(_name(error)) from None
-        if isinstance(error, _UNSUPPORTED_ERRORS):
+        code = error.code
+        if code in _DEVICE_CODES:
+            raise BrokenError(str(error)) from None
+        if code in _UNSUPPORTED_CODES:
             return OperationError(Fault.UNSUPPORTED, "The token cannot do this with this key.")
+        if code == _CKR_KEY_FUNCTION_NOT_PERMITTED:
+            return OperationError(Fault.USAGE_FORBIDDEN, "The token does not let the key do this.")
         if kind == wire.DECRYPT:
             self.probe()
             return invalid_ciphertext()
-        if isinstance(error, exceptions.DataLenRange | exceptions.DataInvalid):
+        if code in _DATA_CODES:
             return OperationError(
                 Fault.INVALID_PARAMETER, "the token refuses its length", "plaintext"
             )
-        if isinstance(error, exceptions.GeneralError | exceptions.FunctionFailed):
-            raise BrokenError(_name(error)) from None
+        if code in _AMBIGUOUS_CODES:
+            raise BrokenError(str(error)) from None
         self.probe()
-        return OperationError(Fault.INTERNAL, f"The token refused ({_name(error)}).")
+        return OperationError(Fault.INTERNAL, f"The token refused ({error}).")
 
     def _encrypt(
         self,
@@ -268,28 +278,24 @@ class Token:
         data = _pad(plaintext) if padding == Padding.PKCS7 else plaintext
         ciphertext = b""
         if data:
-            mechanism, param = _block_mechanism(chosen, iv)
-            ciphertext = handle.encrypt(data, mechanism=mechanism, mechanism_param=param)
+            mechanism = _BLOCK_MECHANISMS[chosen]
+            ciphertext, _ = self._cryptoki.encrypt(handle, mechanism, iv, data, None)
         return (wire.ENCRYPT, ciphertext, iv, version, chosen, padding)
 
     def _encrypt_gcm(
-        self, handle: Any, algorithm: Algorithm, plaintext: bytes, iv: bytes | None, aad: bytes
+        self, handle: int, algorithm: Algorithm, plaintext: bytes, iv: bytes | None, aad: bytes
     ) -> tuple[bytes, bytes]:
         """(ciphertext and tag, IV)."""
-        by_hsm = iv is None and self._iv_by_hsm
-        if iv is None:
-            # An HSM that makes the IV writes it into this object: it must be nobody else's.
-            iv = bytes(bytearray(_GCM_IV)) if by_hsm else self._gcm_iv()
-        mechanism, param, kept = self._gcm_mechanism(algorithm, iv, aad)
-        size = len(plaintext) + TAG_SIZE + (_GCM_IV if by_hsm else 0)
-        ciphertext = handle.encrypt(
-            plaintext, buffer_size=size, mechanism=mechanism, mechanism_param=param
-        )
-        del kept
-        if by_hsm and not any(iv):
+        mechanism = self._gcm_mechanism(algorithm)
+        if iv is not None:
+            return self._cryptoki.encrypt(handle, mechanism, iv, plaintext, aad)
+        if not self._iv_by_hsm:
+            return self._cryptoki.encrypt(handle, mechanism, self._gcm_iv(), plaintext, aad)
+        ciphertext, made = self._cryptoki.encrypt(handle, mechanism, _NO_IV, plaintext, aad)
+        if made == _NO_IV:
             # It took the zeros that it was given: the same IV every time would give away the key.
             raise BrokenError('the module makes no IV of its own; set iv = "generator"')
-        return ciphertext, iv
+        return ciphertext[: len(plaintext) + TAG_SIZE], made
 
     def _decrypt(
         self,
@@ -313,18 +319,15 @@ class Token:
             raise invalid_ciphertext()
         if chosen in GCM_MODES:
             bound = aad if raw else envelope.authenticated_data(aad, version)
-            mechanism, param, kept = self._gcm_mechanism(chosen, iv, bound)
-            plaintext = handle.decrypt(
-                ciphertext, buffer_size=len(ciphertext), mechanism=mechanism, mechanism_param=param
-            )
-            del kept
+            mechanism = self._gcm_mechanism(chosen)
+            plaintext = self._cryptoki.decrypt(handle, mechanism, iv, ciphertext, bound)
             return (wire.DECRYPT, plaintext, version, chosen, None)
         if padding is None:
             padding = Padding.PKCS7
         data = b""
         if ciphertext:
-            mechanism, param = _block_mechanism(chosen, iv)
-            data = handle.decrypt(ciphertext, mechanism=mechanism, mechanism_param=param)
+            mechanism = _BLOCK_MECHANISMS[chosen]
+            data = self._cryptoki.decrypt(handle, mechanism, iv, ciphertext, None)
         if padding == Padding.PKCS7:
             data = _unpad(data)
         return (wire.DECRYPT, data, version, chosen, padding)
@@ -344,16 +347,11 @@ class Token:
         iv, self._pool = self._pool[:_GCM_IV], self._pool[_GCM_IV:]
         return iv
 
-    def _gcm_mechanism(
-        self, algorithm: Algorithm, iv: bytes, aad: bytes
-    ) -> tuple[Mechanism, Any, Any]:
-        """(mechanism, its parameter, what must stay alive during the call)."""
+    def _gcm_mechanism(self, algorithm: Algorithm) -> int:
         if algorithm is Algorithm.AES_GCM:
-            return Mechanism.AES_GCM, _gcm(iv, aad), None
+            return CKM_AES_GCM
         assert self._sm4 is not None  # noqa: S101 - else no key has this spec
-        # c_char_p points at the bytes themselves, where an HSM may write its IV.
-        params = _GcmParams(iv, len(iv), len(iv) * 8, aad, len(aad), TAG_SIZE * 8)
-        return _vendor_mechanism(self._sm4.gcm), bytes(params), params
+        return self._sm4.gcm
 
     # ---- keys ------------------------------------------------------------------------------
 
@@ -372,7 +370,7 @@ class Token:
         found = self._examine(key_id, objects)
         if found.problem:
             raise OperationError(Fault.KEY_UNUSABLE, "The token's key cannot be used.")
-        versions = _versions(objects)
+        versions = {number: o.handle for number, o in _versions(objects).items()}
         return _Key(
             versions, max(versions), KeySpec(found.spec), Usage(found.usage), time.monotonic()
         )
@@ -516,19 +514,6 @@ def _attribute_mapper() -> AttributeMapper:
     return mapper
 
 
-def _gcm(iv: bytes, aad: bytes) -> GCMParams:
-    """GCMParams without its constructor, which refuses the 16-byte IVs that one may decrypt."""
-    params: GCMParams = object.__new__(GCMParams)
-    params.nonce = iv
-    params.aad = aad or None
-    params.tag_bits = TAG_SIZE * 8
-    return params
-
-
-def _block_mechanism(algorithm: Algorithm, iv: bytes) -> tuple[Mechanism, bytes | None]:
-    return (Mechanism.AES_CBC, iv) if algorithm is Algorithm.AES_CBC else (Mechanism.AES_ECB, None)
-
-
 def _vendor_mechanism(number: int) -> Mechanism:
     """A member of the enumeration that is not in it: python-pkcs11 wants one."""
     member = int.__new__(Mechanism, number)
@@ -598,11 +583,6 @@ def _unpad(data: bytes) -> bytes:
     if not 1 <= count <= BLOCK_SIZE or data[-count:] != bytes([count]) * count:
         raise invalid_ciphertext()
     return data[:-count]
-
-
-def _is_not_initialized(error: exceptions.PKCS11Error) -> bool:
-    """CKR_CRYPTOKI_NOT_INITIALIZED, for which python-pkcs11 has a text and no class."""
-    return type(error) is exceptions.PKCS11Error and "not initialized" in str(error)
 
 
 def _name(error: BaseException) -> str:
