@@ -222,7 +222,7 @@ class Gateway:
             "kms_request_id": caller.request_id,
             "keystore": tenant.store.name,
             "operation": exchange.call,
-            "key": trail.key_id or exchange.key_segment[:_MAX_KEY_SEGMENT],
+            "key": trail.key_id or ascii(exchange.key_segment[:_MAX_KEY_SEGMENT])[1:-1],
             "key_version": trail.version or None,
             "access_key_id": exchange.access_key_id,
             "principal": caller.principal,

@@ -11,12 +11,14 @@ from datetime import UTC, datetime
 from xkiproxy.crypto import envelope
 from xkiproxy.crypto.algorithms import Algorithm, KeySpec, Padding
 from xkiproxy.crypto.operations import (
+    Availability,
     CiphertextFormat,
     Decrypt,
     Decrypted,
     Encrypt,
     Encrypted,
     KeyDescription,
+    KeyState,
     OutputForm,
     Random,
     RandomBytes,
@@ -31,23 +33,18 @@ from xkiproxy.crypto.wrapping import (
     load_public_key,
 )
 from xkiproxy.protocols.base import Caller, Fields, Refusal
-from xkiproxy.protocols.json_fields import base64, binary, choice, parse_object
+from xkiproxy.protocols.fields import (
+    Binary,
+    Choice,
+    Field,
+    Group,
+    Text,
+    Whole,
+    base64,
+    parse_object,
+)
+from xkiproxy.protocols.xki import errors
 from xkiproxy.protocols.xki.errors import invalid, required
-
-MAX_RANDOM_SIZE = 1024
-DEFAULT_RANDOM_SIZE = 32
-
-_CALLER_FIELDS = {
-    "KmsRequestId": "request_id",
-    "KmsOperation": "operation",
-    "KmsInstanceId": "instance",
-    "KmsKeyArn": "key_arn",
-    "PrincipalArn": "principal",
-    "SourceVpc": "source_vpc",
-    "SourceIp": "source_ip",
-    "KmsViaService": "via_service",
-}
-_CALLER_REQUIRED = ("KmsRequestId", "KmsOperation")
 
 _KEY_SPECS = {
     KeySpec.AES_256: "Aliyun_AES_256",
@@ -55,6 +52,92 @@ _KEY_SPECS = {
     KeySpec.AES_128: "Aliyun_AES_128",
     KeySpec.SM4: "Aliyun_SM4",
 }
+_KEY_USAGE = "ENCRYPT/DECRYPT"
+_ORIGIN = "EXTERNAL_KEY_STORE"
+
+# ---- requests -----------------------------------------------------------------------------------
+
+_CALLER = {
+    Text("KmsRequestId", "The cloud's own ID of the request: opaque.", True): "request_id",
+    Text("KmsOperation", "What was asked of the cloud, such as kms:Encrypt.", True): "operation",
+    Text("KmsInstanceId", "The KMS instance."): "instance",
+    Text("KmsKeyArn", "The KMS key."): "key_arn",
+    Text("PrincipalArn", "Who asked the cloud."): "principal",
+    Text("SourceVpc", "From which VPC."): "source_vpc",
+    Text("SourceIp", "From which address."): "source_ip",
+    Text("KmsViaService", "Through which service of the cloud."): "via_service",
+}
+REQUEST_METADATA = Group(
+    "RequestMetadata", "What the cloud says of the request.", (*_CALLER,), True
+)
+
+_PLAINTEXT = Binary("Plaintext", "What to encrypt.", required=True)
+_BLOB = Binary("CiphertextBlob", "What encrypt gave out.", required=True)
+_ALGORITHM = Choice("Algorithm", "Default: GCM, with the cipher of the key.", Algorithm)
+_AAD = Binary("Aad", "Additional authenticated data, for GCM.", max_size=envelope.MAX_AAD_SIZE)
+_IV = Binary("Iv", "12 bytes for GCM, 16 for CBC, absent for ECB.")
+_PADDING = Choice("PaddingMode", "For CBC and ECB; default: PKCS7_PADDING.", Padding)
+_EXTERNAL_KEY_ID = Text("externalKeyId", "If it is there, the key of the path.")
+_LENGTH = Whole("Length", "How many bytes.", 1, 1024, 32)
+_OUTPUT_FORM = Choice("OutputForm", "Default: PLAIN.", OutputForm)
+_PUBLIC_KEY = Binary("PublicKeyBlob", "A SubjectPublicKeyInfo in DER, for PUBLIC_KEY_WRAPPED.")
+_WRAPPING_SPEC = Choice("WrappingKeySpec", "For PUBLIC_KEY_WRAPPED.", WrappingKeySpec)
+_WRAPPING = Choice("WrappingAlgorithm", "For PUBLIC_KEY_WRAPPED.", WrappingAlgorithm)
+
+REQUESTS: dict[str, tuple[Field, ...]] = {
+    "health": (),
+    "random": (_LENGTH, _OUTPUT_FORM, _PUBLIC_KEY, _WRAPPING_SPEC, _WRAPPING),
+    "meta": (),
+    "encrypt": (_PLAINTEXT, _ALGORITHM, _AAD, _IV, _PADDING, _EXTERNAL_KEY_ID),
+    "decrypt": (_BLOB, _ALGORITHM, _AAD, _IV, _PADDING, _EXTERNAL_KEY_ID),
+}
+"""The parameters of each call; every body has REQUEST_METADATA beside them."""
+
+# ---- answers ------------------------------------------------------------------------------------
+
+_KEY_ID = Text("KeyId", "The external key.", True)
+_USED_ALGORITHM = Choice("Algorithm", "What was used.", Algorithm, required=True)
+_USED_PADDING = Choice("PaddingMode", "What was used; for CBC and ECB.", Padding)
+
+ANSWERS: dict[str, tuple[Field, ...]] = {
+    "health": (
+        Text("Specification", "The version of the protocol.", True),
+        Text("ServerName", "The name of the proxy.", True),
+        Text("ServerVersion", "Its version.", True),
+        Text("Vendor", "Who made it.", True),
+        Choice("Status", "How the key store is.", Availability, required=True),
+        Text("Message", "In words.", True),
+    ),
+    "random": (
+        Choice("OutputForm", "In what form.", OutputForm, required=True),
+        Binary("Output", "The bytes, or what wraps them; absent for NONE."),
+    ),
+    "meta": (
+        _KEY_ID,
+        Text("KeySpec", "Type and size.", True, tuple(_KEY_SPECS.values())),
+        Text("KeyUsage", "What it is for.", True, (_KEY_USAGE,)),
+        Choice("KeyState", "Its state at the proxy.", KeyState, required=True),
+        Text("Origin", "Where it is.", True, (_ORIGIN,)),
+        Text("CreateTime", "When it was made or registered, RFC 3339.", True),
+    ),
+    "encrypt": (
+        _KEY_ID,
+        Binary("CiphertextBlob", "Metadata, ciphertext and tag.", required=True),
+        Binary("Iv", "What was used; absent for ECB."),
+        _USED_ALGORITHM,
+        _USED_PADDING,
+    ),
+    "decrypt": (
+        _KEY_ID,
+        Binary("Plaintext", "What was encrypted.", required=True),
+        _USED_ALGORITHM,
+        _USED_PADDING,
+    ),
+}
+"""The fields of each answer; every body has REQUEST_ID beside them."""
+
+REQUEST_ID = Text("RequestId", "The proxy's ID of the request, a UUID.", True)
+ERROR = (REQUEST_ID, Text("Code", "What is wrong.", True), Text("Message", "In words.", True))
 
 
 def parse_body(body: bytes) -> Fields:
@@ -73,14 +156,14 @@ def decode_caller(fields: Fields) -> Caller:
     if not isinstance(metadata, dict):
         raise _invalid_metadata("must be an object")
     values = {}
-    for wire_name, name in _CALLER_FIELDS.items():
-        value = metadata.get(wire_name)
+    for field, name in _CALLER.items():
+        value = metadata.get(field.name)
         if value is None:
-            if wire_name in _CALLER_REQUIRED:
-                raise _invalid_metadata(f"{wire_name} is required")
+            if field.required:
+                raise _invalid_metadata(f"{field.name} is required")
             continue
         if not isinstance(value, str):
-            raise _invalid_metadata(f"{wire_name} must be a string")
+            raise _invalid_metadata(f"{field.name} must be a string")
         values[name] = value
     return Caller(**values)
 
@@ -88,16 +171,13 @@ def decode_caller(fields: Fields) -> Caller:
 def decode_encrypt(key_id: str, fields: Fields, form: CiphertextFormat) -> Encrypt:
     """An encrypt request; raises Refusal."""
     _check_external_key_id(key_id, fields)
-    plaintext = binary(fields, "Plaintext", invalid)
-    if plaintext is None:
-        raise required("Plaintext")
     return Encrypt(
         key_id=key_id,
-        plaintext=plaintext,
-        algorithm=choice(fields, "Algorithm", Algorithm, invalid),
-        padding=choice(fields, "PaddingMode", Padding, invalid),
-        iv=binary(fields, "Iv", invalid),
-        aad=_aad(fields),
+        plaintext=_PLAINTEXT.require(fields, errors),
+        algorithm=_ALGORITHM.read(fields, errors),
+        padding=_PADDING.read(fields, errors),
+        iv=_IV.read(fields, errors),
+        aad=_AAD.read(fields, errors) or b"",
         format=form,
     )
 
@@ -105,13 +185,11 @@ def decode_encrypt(key_id: str, fields: Fields, form: CiphertextFormat) -> Encry
 def decode_decrypt(key_id: str, fields: Fields, form: CiphertextFormat) -> Decrypt:
     """A decrypt request; raises Refusal, or OperationError for a blob that is no envelope."""
     _check_external_key_id(key_id, fields)
-    blob = binary(fields, "CiphertextBlob", invalid)
-    if blob is None:
-        raise required("CiphertextBlob")
-    algorithm = choice(fields, "Algorithm", Algorithm, invalid)
-    iv = binary(fields, "Iv", invalid)
+    blob = _BLOB.require(fields, errors)
+    algorithm = _ALGORITHM.read(fields, errors)
+    iv = _IV.read(fields, errors)
     if iv is None and algorithm is not Algorithm.AES_ECB:
-        raise required("Iv")
+        raise required(_IV.name)
     version = None
     if form is CiphertextFormat.ENVELOPE:
         if len(blob) < envelope.METADATA_SIZE:
@@ -124,45 +202,35 @@ def decode_decrypt(key_id: str, fields: Fields, form: CiphertextFormat) -> Decry
         iv=iv or b"",
         version=version,
         algorithm=algorithm,
-        padding=choice(fields, "PaddingMode", Padding, invalid),
-        aad=_aad(fields),
+        padding=_PADDING.read(fields, errors),
+        aad=_AAD.read(fields, errors) or b"",
         format=form,
     )
 
 
 def decode_random(fields: Fields) -> Random:
     """A random request; raises Refusal."""
-    length = fields.get("Length")
-    if length is None:
-        length = DEFAULT_RANDOM_SIZE
-    if type(length) is not int or not 1 <= length <= MAX_RANDOM_SIZE:
-        raise invalid("Length", f"must be a whole number from 1 to {MAX_RANDOM_SIZE}")
-    output = choice(fields, "OutputForm", OutputForm, invalid) or OutputForm.PLAIN
+    length = _LENGTH.read(fields, errors)
+    output = _OUTPUT_FORM.read(fields, errors) or OutputForm.PLAIN
     if output is OutputForm.PUBLIC_KEY_WRAPPED:
         return Random(length, output, _decode_wrapping(fields, length))
     return Random(length, output)
 
 
 def _decode_wrapping(fields: Fields, length: int) -> Wrapping:
-    der = binary(fields, "PublicKeyBlob", invalid)
-    if der is None:
-        raise required("PublicKeyBlob")
-    spec = choice(fields, "WrappingKeySpec", WrappingKeySpec, invalid)
-    if spec is None:
-        raise required("WrappingKeySpec")
-    algorithm = choice(fields, "WrappingAlgorithm", WrappingAlgorithm, invalid)
-    if algorithm is None:
-        raise required("WrappingAlgorithm")
+    der = _PUBLIC_KEY.require(fields, errors)
+    spec = _WRAPPING_SPEC.require(fields, errors)
+    algorithm = _WRAPPING.require(fields, errors)
     try:
         check_wrapping(spec, algorithm, length)
     except WrappingLengthError as error:
-        raise invalid("Length", str(error)) from None
+        raise invalid(_LENGTH.name, str(error)) from None
     except ValueError as error:
-        raise invalid("WrappingAlgorithm", str(error)) from None
+        raise invalid(_WRAPPING.name, str(error)) from None
     try:
         load_public_key(der, spec)
     except ValueError as error:
-        raise invalid("PublicKeyBlob", str(error)) from None
+        raise invalid(_PUBLIC_KEY.name, str(error)) from None
     return Wrapping(algorithm, der)
 
 
@@ -203,9 +271,9 @@ def encode_description(result: KeyDescription) -> Fields:
     return {
         "KeyId": result.key_id,
         "KeySpec": _KEY_SPECS[result.spec],
-        "KeyUsage": "ENCRYPT/DECRYPT",
+        "KeyUsage": _KEY_USAGE,
         "KeyState": result.state,
-        "Origin": "EXTERNAL_KEY_STORE",
+        "Origin": _ORIGIN,
         "CreateTime": datetime.fromtimestamp(result.created or 0, UTC).strftime(
             "%Y-%m-%dT%H:%M:%SZ"
         ),
@@ -216,13 +284,6 @@ def _check_external_key_id(key_id: str, fields: Fields) -> None:
     other = fields.get("externalKeyId")
     if other is not None and other != key_id:
         raise invalid("ExternalKeyId", "externalKeyId is not the key of the path")
-
-
-def _aad(fields: Fields) -> bytes:
-    aad = binary(fields, "Aad", invalid) or b""
-    if len(aad) > envelope.MAX_AAD_SIZE:
-        raise invalid("Aad", f"must be at most {envelope.MAX_AAD_SIZE} bytes")
-    return aad
 
 
 def _invalid_metadata(why: str) -> Refusal:

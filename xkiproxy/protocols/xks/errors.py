@@ -50,6 +50,11 @@ def invalid(name: str, why: str) -> Refusal:
     return Refusal(400, "ValidationException", f"{name}: {why}.")
 
 
+def required(name: str) -> Refusal:
+    """400 `ValidationException`: a parameter is missing."""
+    return invalid(name, "is required")
+
+
 def unauthenticated(reason: str) -> Refusal:
     """401, always in the same words."""
     return Refusal(*_UNAUTHENTICATED, reason)

@@ -22,7 +22,8 @@ from xkiproxy.crypto.operations import (
     invalid_ciphertext,
 )
 from xkiproxy.protocols.base import Caller, Fields, Refusal
-from xkiproxy.protocols.json_fields import base64, binary
+from xkiproxy.protocols.fields import Binary, Field, Group, Text, Texts, Whole, base64
+from xkiproxy.protocols.xks import errors
 from xkiproxy.protocols.xks.errors import invalid
 
 VENDOR = "xkiproxy"
@@ -30,7 +31,12 @@ VENDOR = "xkiproxy"
 IV_SIZES = (12, 16)
 MAX_METADATA_SIZE = 20
 
-_CALLER_FIELDS = {
+_ALGORITHM = "AES_GCM"
+_INTEGRITY = "SHA_256"
+
+# ---- requests -----------------------------------------------------------------------------------
+
+_CALLER = {
     "kmsRequestId": "request_id",
     "kmsOperation": "operation",
     "kmsKeyArn": "key_arn",
@@ -44,8 +50,72 @@ _CALLER_REQUIRED = {
     "encrypt": ("kmsRequestId", "kmsOperation", "awsPrincipalArn", "kmsKeyArn"),
     "decrypt": ("kmsRequestId", "kmsOperation", "awsPrincipalArn", "kmsKeyArn"),
 }
-_ALGORITHM = "AES_GCM"
-_INTEGRITY = "SHA_256"
+
+_ENCRYPTION_ALGORITHM = Text("encryptionAlgorithm", "The only one.", True, (_ALGORITHM,))
+_AAD = Binary(
+    "additionalAuthenticatedData", "What the tag covers beside.", max_size=envelope.MAX_AAD_SIZE
+)
+_PLAINTEXT = Binary("plaintext", "What to encrypt.", required=True)
+_INTEGRITY_ALGORITHM = Text(
+    "ciphertextDataIntegrityValueAlgorithm", "Asks for an integrity value.", False, (_INTEGRITY,)
+)
+_CIPHERTEXT = Binary("ciphertext", "As long as its plaintext.", required=True)
+_IV = Binary("initializationVector", "12 or 16 bytes.", required=True)
+_TAG = Binary("authenticationTag", "16 bytes.", required=True)
+_METADATA = Binary(
+    "ciphertextMetadata", "What encrypt gave out beside.", max_size=MAX_METADATA_SIZE
+)
+
+REQUESTS: dict[str, tuple[Field, ...]] = {
+    "health": (),
+    "metadata": (),
+    "encrypt": (_PLAINTEXT, _ENCRYPTION_ALGORITHM, _AAD, _INTEGRITY_ALGORITHM),
+    "decrypt": (_CIPHERTEXT, _IV, _TAG, _ENCRYPTION_ALGORITHM, _AAD, _METADATA),
+}
+"""The parameters of each call, beside `request_metadata`."""
+
+# ---- answers ------------------------------------------------------------------------------------
+
+ANSWERS: dict[str, tuple[Field, ...]] = {
+    "health": (
+        Whole("xksProxyFleetSize", "How many proxies.", 1, 1_000_000, 1, required=True),
+        Text("xksProxyVendor", "Who made the proxy.", True),
+        Text("xksProxyModel", "Its name and version.", True),
+        Text("ekmVendor", "Who made the key manager.", True),
+        Group(
+            "ekmFleetDetails",
+            "The key managers.",
+            (
+                Text("id", "Its name.", True),
+                Text("model", "Its type.", True),
+                Text("healthStatus", "How it is.", True, tuple(Availability)),
+            ),
+            required=True,
+            many=True,
+        ),
+    ),
+    "metadata": (
+        Text("keySpec", "Type and size.", True, ("AES_256",)),
+        Texts("keyUsage", "What it is for.", ("ENCRYPT", "DECRYPT"), required=True),
+        Text("keyStatus", "Its state at the proxy.", True, ("ENABLED", "DISABLED")),
+    ),
+    "encrypt": (
+        _CIPHERTEXT,
+        _IV,
+        _TAG,
+        _METADATA,
+        Binary("ciphertextDataIntegrityValue", "SHA-256 of all of it, when asked for."),
+    ),
+    "decrypt": (Binary("plaintext", "What was encrypted.", required=True),),
+}
+ERROR = (Text("errorName", "What is wrong.", True), Text("errorMessage", "In words."))
+
+
+def request_metadata(call: str) -> Group:
+    """`requestMetadata` as a call must have it."""
+    needed = _CALLER_REQUIRED[call]
+    fields = tuple(Text(name, "Opaque.", name in needed) for name in _CALLER)
+    return Group("requestMetadata", "What KMS says of the request.", fields, required=True)
 
 
 def decode_caller(call: str, fields: Fields) -> Caller:
@@ -54,7 +124,7 @@ def decode_caller(call: str, fields: Fields) -> Caller:
     if not isinstance(metadata, dict):
         raise invalid("requestMetadata", "must be an object")
     values = {}
-    for wire_name, name in _CALLER_FIELDS.items():
+    for wire_name, name in _CALLER.items():
         value = metadata.get(wire_name)
         if value is None:
             if wire_name in _CALLER_REQUIRED[call]:
@@ -69,14 +139,14 @@ def decode_caller(call: str, fields: Fields) -> Caller:
 def decode_encrypt(key_id: str, fields: Fields, form: CiphertextFormat) -> Encrypt:
     """An encrypt request; raises Refusal."""
     _check_algorithm(fields)
-    integrity = fields.get("ciphertextDataIntegrityValueAlgorithm")
+    integrity = fields.get(_INTEGRITY_ALGORITHM.name)
     if integrity not in {None, _INTEGRITY}:
-        raise invalid("ciphertextDataIntegrityValueAlgorithm", f"must be {_INTEGRITY}")
+        raise invalid(_INTEGRITY_ALGORITHM.name, f"must be {_INTEGRITY}")
     return Encrypt(
         key_id=key_id,
-        plaintext=_required(fields, "plaintext"),
+        plaintext=_PLAINTEXT.require(fields, errors),
         algorithm=Algorithm.AES_GCM,
-        aad=_aad(fields),
+        aad=_AAD.read(fields, errors) or b"",
         format=form,
         integrity=integrity is not None,
     )
@@ -85,12 +155,10 @@ def decode_encrypt(key_id: str, fields: Fields, form: CiphertextFormat) -> Encry
 def decode_decrypt(key_id: str, fields: Fields, form: CiphertextFormat) -> Decrypt:
     """A decrypt request; raises Refusal, or OperationError if it cannot be one of ours."""
     _check_algorithm(fields)
-    ciphertext = _required(fields, "ciphertext")
-    iv = _required(fields, "initializationVector")
-    tag = _required(fields, "authenticationTag")
-    metadata = binary(fields, "ciphertextMetadata", invalid) or b""
-    if len(metadata) > MAX_METADATA_SIZE:
-        raise invalid("ciphertextMetadata", f"must be at most {MAX_METADATA_SIZE} bytes")
+    ciphertext = _CIPHERTEXT.require(fields, errors)
+    iv = _IV.require(fields, errors)
+    tag = _TAG.require(fields, errors)
+    metadata = _METADATA.read(fields, errors) or b""
     if len(iv) not in IV_SIZES or len(tag) != TAG_SIZE:
         raise invalid_ciphertext()
     if form is CiphertextFormat.RAW and metadata:
@@ -102,7 +170,7 @@ def decode_decrypt(key_id: str, fields: Fields, form: CiphertextFormat) -> Decry
         iv,
         version,
         algorithm=Algorithm.AES_GCM,
-        aad=_aad(fields),
+        aad=_AAD.read(fields, errors) or b"",
         format=form,
     )
 
@@ -166,19 +234,5 @@ def parse_refusal() -> Refusal:
 
 
 def _check_algorithm(fields: Fields) -> None:
-    if fields.get("encryptionAlgorithm") != _ALGORITHM:
-        raise invalid("encryptionAlgorithm", f"must be {_ALGORITHM}")
-
-
-def _required(fields: Fields, name: str) -> bytes:
-    value = binary(fields, name, invalid)
-    if value is None:
-        raise invalid(name, "is required")
-    return value
-
-
-def _aad(fields: Fields) -> bytes:
-    aad = binary(fields, "additionalAuthenticatedData", invalid) or b""
-    if len(aad) > envelope.MAX_AAD_SIZE:
-        raise invalid("additionalAuthenticatedData", f"is over {envelope.MAX_AAD_SIZE} bytes")
-    return aad
+    if fields.get(_ENCRYPTION_ALGORITHM.name) != _ALGORITHM:
+        raise invalid(_ENCRYPTION_ALGORITHM.name, f"must be {_ALGORITHM}")

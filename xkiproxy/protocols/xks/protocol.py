@@ -29,7 +29,7 @@ from xkiproxy.protocols.base import (
     SigningKeys,
     Trouble,
 )
-from xkiproxy.protocols.json_fields import parse_object
+from xkiproxy.protocols.fields import parse_object
 from xkiproxy.protocols.xks import errors, messages, sigv4
 
 _KEY_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
