@@ -211,7 +211,7 @@ async def test_long_arns_and_new_fields(proxy: Proxy) -> None:
         ("encrypt", "aes256", {"plaintext": ""}, 400, "ValidationException"),
         ("encrypt", "aes256", {"plaintext": "%", "encryptionAlgorithm": "AES_GCM"}, 400,
          "ValidationException"),
-        ("encrypt", "aes256", {"plaintext": "", "encryptionAlgorithm": "AES_CBC"}, 400,
+        ("encrypt", "aes256", {"plaintext": "", "encryptionAlgorithm": {}}, 400,
          "ValidationException"),
         ("encrypt", "aes256", {"requestMetadata": None}, 400, "ValidationException"),
         ("encrypt", "aes256", {"requestMetadata": {"kmsRequestId": "x"}}, 400,

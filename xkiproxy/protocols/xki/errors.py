@@ -41,6 +41,14 @@ _TROUBLES = {
 }
 
 
+def codes() -> dict[int, list[str]]:
+    """Every status of an error, with the codes that come with it."""
+    found: dict[int, set[str]] = {}
+    for status, code in (*_FAULTS.values(), *((r.status, r.code) for r in _TROUBLES.values())):
+        found.setdefault(status, set()).add(code)
+    return {status: sorted(found[status]) for status in sorted(found)}
+
+
 def refusal(why: OperationError | Trouble) -> Refusal:
     """The refusal that says what happened."""
     if isinstance(why, Trouble):

@@ -137,7 +137,21 @@ ANSWERS: dict[str, tuple[Field, ...]] = {
 """The fields of each answer; every body has REQUEST_ID beside them."""
 
 REQUEST_ID = Text("RequestId", "The proxy's ID of the request, a UUID.", True)
-ERROR = (REQUEST_ID, Text("Code", "What is wrong.", True), Text("Message", "In words.", True))
+ERROR: tuple[Field, ...] = (
+    REQUEST_ID,
+    Text("Code", "What is wrong.", True),
+    Text("Message", "In words.", True),
+)
+
+
+def request_fields(call: str) -> tuple[Field, ...]:
+    """All fields of a request."""
+    return (REQUEST_METADATA, *REQUESTS[call])
+
+
+def answer_fields(call: str) -> tuple[Field, ...]:
+    """All fields of a good answer."""
+    return (REQUEST_ID, *ANSWERS[call])
 
 
 def parse_body(body: bytes) -> Fields:

@@ -108,7 +108,10 @@ ANSWERS: dict[str, tuple[Field, ...]] = {
     ),
     "decrypt": (Binary("plaintext", "What was encrypted.", required=True),),
 }
-ERROR = (Text("errorName", "What is wrong.", True), Text("errorMessage", "In words."))
+ERROR: tuple[Field, ...] = (
+    Text("errorName", "What is wrong.", True),
+    Text("errorMessage", "In words."),
+)
 
 
 def request_metadata(call: str) -> Group:
@@ -116,6 +119,16 @@ def request_metadata(call: str) -> Group:
     needed = _CALLER_REQUIRED[call]
     fields = tuple(Text(name, "Opaque.", name in needed) for name in _CALLER)
     return Group("requestMetadata", "What KMS says of the request.", fields, required=True)
+
+
+def request_fields(call: str) -> tuple[Field, ...]:
+    """All fields of a request."""
+    return (request_metadata(call), *REQUESTS[call])
+
+
+def answer_fields(call: str) -> tuple[Field, ...]:
+    """All fields of a good answer."""
+    return ANSWERS[call]
 
 
 def decode_caller(call: str, fields: Fields) -> Caller:
@@ -140,7 +153,7 @@ def decode_encrypt(key_id: str, fields: Fields, form: CiphertextFormat) -> Encry
     """An encrypt request; raises Refusal."""
     _check_algorithm(fields)
     integrity = fields.get(_INTEGRITY_ALGORITHM.name)
-    if integrity not in {None, _INTEGRITY}:
+    if integrity is not None and integrity != _INTEGRITY:
         raise invalid(_INTEGRITY_ALGORITHM.name, f"must be {_INTEGRITY}")
     return Encrypt(
         key_id=key_id,
