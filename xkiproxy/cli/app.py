@@ -8,7 +8,17 @@ from typing import Annotated
 import typer
 
 from xkiproxy import __version__
-from xkiproxy.cli import call, check, credentials, fingerprint, init, keys, kms_config, serve
+from xkiproxy.cli import (
+    call,
+    check,
+    conformance,
+    credentials,
+    fingerprint,
+    init,
+    keys,
+    kms_config,
+    serve,
+)
 from xkiproxy.cli.common import CommandError, err
 from xkiproxy.config import ConfigError
 from xkiproxy.config.secrets import SecretError
@@ -26,13 +36,12 @@ app = typer.Typer(
 app.command("init")(init.init)
 app.command("serve")(serve.serve)
 app.command("check")(check.check)
-app.command("serve")(serve.serve)
-app.command("check")(check.check)
 app.add_typer(keys.app, name="keys")
 app.add_typer(credentials.app, name="credentials")
 app.command("fingerprint")(fingerprint.fingerprint)
 app.command("kms-config")(kms_config.kms_config)
 app.add_typer(call.app, name="call")
+app.command("conformance")(conformance.conformance)
 
 
 def _print_version(wanted: bool) -> None:

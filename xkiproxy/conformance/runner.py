@@ -32,6 +32,12 @@ def select(wire: Wire, patterns: Sequence[str] = ()) -> list[Case]:
     ]
 
 
+async def greet(subject: Subject, wire: Wire) -> None:
+    """Whether anybody answers at all; raises Unmet, which says why not."""
+    async with connect(subject, wire) as probe:
+        await probe.call("health")
+
+
 async def run(
     subject: Subject,
     wire: Wire,
