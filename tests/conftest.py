@@ -79,8 +79,6 @@ async def proxy(tmp_path: Path, server_settings: ServerSettings) -> AsyncIterato
         audit,
         condition,
         metrics,
-        max_body_bytes=server_settings.max_body_bytes,
-        body_timeout=server_settings.body_timeout_seconds,
     )
     assert server_settings.tls is not None
     listener = Listener(gateway, server_settings, server_context(server_settings.tls))

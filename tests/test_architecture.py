@@ -63,7 +63,7 @@ def test_every_package_has_its_rule() -> None:
 
 
 def test_nothing_above_the_protocols_knows_the_name_of_one() -> None:
-    """Only the table of protocols, their folders, the clients and the configuration may say `xki`."""
+    """Only protocols, the clients' commands, the configuration and the suite may say `xki`."""
     allowed = {"protocols", "cli", "config", "conformance"}
     for path in ROOT.rglob("*.py"):
         if path.relative_to(ROOT).parts[0] in allowed:

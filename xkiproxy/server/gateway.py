@@ -1,13 +1,12 @@
 """The gateway: one coroutine carries a request from its headers to its answer.
 
-The steps, in order: find the key store by its path; read the body; verify the signature; admit the
-nonce; decode; let the key store perform; encode; write the audit record; count; answer. There is
-no middleware around it and nothing here that a request does not need: this is the hot path.
+The steps, in order: find the key store by its path; verify the signature; admit the nonce; decode;
+let the key store perform; encode; write the audit record; count; answer. There is no middleware
+around it and nothing here that a request does not need: this is the hot path.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 import uuid
@@ -15,8 +14,6 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Any
 
-from aiohttp.web import BaseRequest, HTTPRequestEntityTooLarge, RequestPayloadError, Response
-from multidict import CIMultiDict
 from prometheus_client import Counter, Histogram
 
 from xkiproxy.crypto.operations import Fault, Health, OperationError
@@ -25,6 +22,7 @@ from xkiproxy.observability.audit import AuditError, AuditLog
 from xkiproxy.observability.metrics import Metrics
 from xkiproxy.protocols.base import Caller, Protocol, Refusal, SignedRequest, Trouble
 from xkiproxy.server.condition import Condition
+from xkiproxy.server.http import Answer, Request
 
 _log = logging.getLogger(__name__)
 
@@ -34,7 +32,6 @@ _SAMPLED = 64
 _CANNOT_SERVE = "The proxy cannot serve at the moment."
 _NOBODY = Caller()
 _SUCCESS = "OK"
-_BODYLESS = frozenset({"GET", "HEAD"})
 
 
 class Tenant:
@@ -52,12 +49,14 @@ class _Exchange:
     """What is known so far of one request."""
 
     __slots__ = (
-        "access_key_id", "began", "body_read", "call", "caller", "key_segment", "marks", "reason",
-        "request_id", "source", "trail",
+        "access_key_id", "began", "call", "caller", "key_segment", "marks", "reason", "request_id",
+        "source", "trail",
     )  # fmt: skip
 
-    def __init__(self, call: str, key_segment: str, source: str, timed: bool = False) -> None:
-        self.began = time.monotonic()
+    def __init__(
+        self, call: str, key_segment: str, source: str, began: float, timed: bool = False
+    ) -> None:
+        self.began = began
         self.marks: list[tuple[str, float]] | None = [] if timed else None
         self.request_id = str(uuid.uuid4())
         self.call = call
@@ -67,7 +66,6 @@ class _Exchange:
         self.access_key_id = ""
         self.reason = ""
         self.trail = Trail()
-        self.body_read = False
 
     def mark(self, stage: str) -> None:
         """Note that a stage ends now, on a request whose stages are timed."""
@@ -84,39 +82,30 @@ class Gateway:
         audit: AuditLog,
         condition: Condition,
         metrics: Metrics,
-        *,
-        max_body_bytes: int,
-        body_timeout: float,
     ) -> None:
-        """`body_timeout` is in seconds, from a request's headers to the end of its body."""
         self.draining = False
+        self.in_flight = 0
+        self.clock = time.monotonic
         self._tenants = {tenant.base: tenant for tenant in tenants}
         self._audit = audit
         self._condition = condition
         self._metrics = metrics
-        self._max_body_bytes = max_body_bytes
-        self._body_timeout = body_timeout
         self._count = 0
-        self._in_flight = metrics.requests_in_flight
+        metrics.requests_in_flight.set_function(lambda: self.in_flight)
 
-    async def handle(self, http: BaseRequest) -> Response:
+    async def handle(self, request: Request) -> Answer:
         """Answer one request; never raises."""
-        path, _, query = http.raw_path.partition("?")
-        tenant, call, key_segment = self._route(path)
+        tenant, call, key_segment = self._route(request.path)
         if tenant is None:
-            return self._answer_stranger(path)
+            return self._answer_stranger(request)
         self._count += 1
         timed = self._count % _SAMPLED == 0
-        exchange = _Exchange(call, key_segment, http.remote or "", timed)
-        self._in_flight.inc()
-        try:
-            outcome = await self._serve(tenant, http, path, query, exchange)
-            status, code, body = self._write_audit(tenant, exchange, *outcome)
-        finally:
-            self._in_flight.dec()
+        exchange = _Exchange(call, key_segment, request.source, request.began, timed)
+        outcome = await self._serve(tenant, request, exchange)
+        status, code, body = self._write_audit(tenant, exchange, *outcome)
         exchange.mark("audit")
         self._observe(tenant, exchange, code)
-        return self._response(tenant.protocol, exchange, status, body)
+        return Answer(status, tenant.protocol.headers(exchange.caller.request_id), body)
 
     def _route(self, path: str) -> tuple[Tenant | None, str, str]:
         """The key store, the call and the key segment that a path names."""
@@ -132,17 +121,12 @@ class Gateway:
         return tenant, call, key_segment
 
     async def _serve(
-        self,
-        tenant: Tenant,
-        http: BaseRequest,
-        path: str,
-        query: str,
-        exchange: _Exchange,
+        self, tenant: Tenant, request: Request, exchange: _Exchange
     ) -> tuple[int, str, bytes]:
         """(status, code, body): the outcome of a request, whatever happens to it."""
         protocol = tenant.protocol
         try:
-            return 200, _SUCCESS, await self._work(tenant, http, path, query, exchange)
+            return 200, _SUCCESS, await self._work(tenant, request, exchange)
         except Refusal as error:
             refusal = error
         except OperationError as error:
@@ -154,23 +138,19 @@ class Gateway:
         exchange.reason = refusal.reason
         return refusal.status, refusal.code, protocol.encode_refusal(refusal, exchange.request_id)
 
-    async def _work(
-        self, tenant: Tenant, http: BaseRequest, path: str, query: str, exchange: _Exchange
-    ) -> bytes:
+    async def _work(self, tenant: Tenant, request: Request, exchange: _Exchange) -> bytes:
         """The body of a good answer; raises Refusal or OperationError."""
         protocol, store = tenant.protocol, tenant.store
-        if http.method != "POST":
-            exchange.body_read = http.method in _BODYLESS
-            raise protocol.refuse(Trouble.METHOD_NOT_ALLOWED)
+        if request.trouble is not None:
+            raise protocol.refuse(request.trouble)
         if self._condition.reasons:
             raise OperationError(Fault.UNAVAILABLE, _CANNOT_SERVE)
-        body = await self._read_body(http, protocol)
-        exchange.body_read = True
         exchange.mark("read")
 
-        request = SignedRequest(http.method, path, query, http._message.raw_headers, body)
+        body = request.body
+        signed = SignedRequest(request.method, request.path, request.query, request.headers, body)
         now = time.time()
-        identity = protocol.authenticate(request, store.signing_keys, now)
+        identity = protocol.authenticate(signed, store.signing_keys, now)
         if identity.nonce and not store.replay.admit(
             identity.access_key_id, identity.nonce, identity.expires, now
         ):
@@ -190,26 +170,6 @@ class Gateway:
         answer = protocol.encode(action, result, exchange.request_id)
         exchange.mark("encode")
         return answer
-
-    async def _read_body(self, http: BaseRequest, protocol: Protocol) -> bytes:
-        """The whole body, refused as soon as it is known to be too large."""
-        length = http.content_length
-        if length is not None and length > self._max_body_bytes:
-            raise protocol.refuse(Trouble.TOO_LARGE)
-        try:
-            if http.content.is_eof():
-                return await http.read()
-            if http.headers.get("Expect", "").lower() == "100-continue":
-                await http.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-                http.writer.output_size = 0
-            async with asyncio.timeout(self._body_timeout):
-                return await http.read()
-        except (ConnectionError, RequestPayloadError):
-            raise protocol.refuse(Trouble.NOT_HTTP) from None
-        except HTTPRequestEntityTooLarge:
-            raise protocol.refuse(Trouble.TOO_LARGE) from None
-        except TimeoutError:
-            raise protocol.refuse(Trouble.BODY_TIMEOUT) from None
 
     def _write_audit(
         self, tenant: Tenant, exchange: _Exchange, status: int, code: str, body: bytes
@@ -273,35 +233,23 @@ class Gateway:
             self._metrics.stage_duration.labels(stage).observe(end - start)
             start = end
 
-    def _response(
-        self, protocol: Protocol, exchange: _Exchange, status: int, body: bytes
-    ) -> Response:
-        headers = CIMultiDict(protocol.headers(exchange.caller.request_id))
-        headers["Content-Type"] = "application/json"
-        headers["Server"] = "xkiproxy"
-        response = Response(status=status, body=body, headers=headers)
-        if self.draining or not exchange.body_read:
-            response.force_close()
-        return response
-
-    def _answer_stranger(self, path: str) -> Response:
+    def _answer_stranger(self, request: Request) -> Answer:
         """A request to no key store: answered in the protocol that its path looks like."""
         protocols = [tenant.protocol for tenant in self._tenants.values()]
-        looks = [protocol for protocol in protocols if protocol.base_path in path]
-        return self.refuse_unserved((looks or protocols)[0], Trouble.NOT_FOUND)
+        looks = [protocol for protocol in protocols if protocol.base_path in request.path]
+        return self._refuse_unserved((looks or protocols)[0], Trouble.NOT_FOUND)
 
-    def refuse_unserved(self, protocol: Protocol, trouble: Trouble) -> Response:
-        """The answer to what never became a request to a key store; the connection ends with it."""
-        exchange = _Exchange("", "", "")
-        refusal = protocol.refuse(trouble)
-        self._metrics.requests.labels("", protocol.name, "", refusal.code).inc()
-        body = protocol.encode_refusal(refusal, exchange.request_id)
-        return self._response(protocol, exchange, refusal.status, body)
-
-    def answer_not_http(self) -> Response:
+    def answer_not_http(self) -> Answer:
         """The answer to bytes that are no HTTP request."""
         protocol = next(iter(self._tenants.values())).protocol
-        return self.refuse_unserved(protocol, Trouble.NOT_HTTP)
+        return self._refuse_unserved(protocol, Trouble.NOT_HTTP)
+
+    def _refuse_unserved(self, protocol: Protocol, trouble: Trouble) -> Answer:
+        """The answer to what never became a request to a key store."""
+        refusal = protocol.refuse(trouble)
+        self._metrics.requests.labels("", protocol.name, "", refusal.code).inc()
+        body = protocol.encode_refusal(refusal, str(uuid.uuid4()))
+        return Answer(refusal.status, protocol.headers(""), body)
 
 
 _MAX_KEY_SEGMENT = 128

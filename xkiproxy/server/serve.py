@@ -61,8 +61,6 @@ async def _open_listeners(
         audit,
         runtime.condition,
         runtime.metrics,
-        max_body_bytes=config.server.max_body_bytes,
-        body_timeout=config.server.body_timeout_seconds,
     )
     admin = web.AppRunner(admin_app(runtime), access_log=None)
     await admin.setup()
