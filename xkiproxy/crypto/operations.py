@@ -1,7 +1,7 @@
 """Operations, their results and their failures: the language between protocols and KMIs.
 
 A protocol decodes a request into one of these, a KMI executes it, and the protocol encodes the
-result. They are frozen and slotted: they cross a queue, a batch and a process boundary. Secrets
+result. They are immutable and slotted: they cross a queue, a batch and a process boundary. Secrets
 are kept out of their `repr`, so that a traceback or a log cannot show them.
 """
 
@@ -20,6 +20,7 @@ from xkiproxy.crypto.algorithms import (
     Padding,
     Usage,
 )
+from xkiproxy.crypto.record import record
 from xkiproxy.crypto.wrapping import Wrapping
 
 
@@ -32,7 +33,7 @@ class CiphertextFormat(Enum):
     """Bare `ciphertext || tag` and the AAD as it is, as other proxies write it."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Encrypt:
     """Encrypt under the newest version of a key.
 
@@ -51,7 +52,7 @@ class Encrypt:
     """Whether the key store makes an integrity value and then proves that all of it decrypts."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Encrypted:
     """The answer to `Encrypt`: under GCM `ciphertext` ends with its 16-byte tag.
 
@@ -66,7 +67,7 @@ class Encrypted:
     integrity: bytes = b""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Decrypt:
     """Decrypt with one version of a key.
 
@@ -84,7 +85,7 @@ class Decrypt:
     format: CiphertextFormat = CiphertextFormat.ENVELOPE
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Decrypted:
     """The answer to `Decrypt`."""
 
@@ -103,7 +104,7 @@ class OutputForm(StrEnum):
     """They are drawn and thrown away."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Random:
     """Draw `length` bytes from the KMI's random generator.
 
@@ -115,7 +116,7 @@ class Random:
     wrapping: Wrapping | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class RandomBytes:
     """The answer to `Random`: the bytes, what wraps them, or nothing."""
 

@@ -20,6 +20,7 @@ from xkiproxy.crypto.operations import (
     OperationError,
     Result,
 )
+from xkiproxy.crypto.record import record
 
 Action = Operation | Health
 """What a request asks for."""
@@ -54,7 +55,7 @@ class Refusal(Exception):
         self.reason = reason
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SignedRequest:
     """The parts of an HTTP request that a signature covers.
 
@@ -69,7 +70,7 @@ class SignedRequest:
     body: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Identity:
     """Who signed a request.
 
@@ -82,7 +83,7 @@ class Identity:
     expires: float
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Caller:
     """What the cloud says of its own request: for the audit log and for policies, opaque."""
 

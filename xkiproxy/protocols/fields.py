@@ -9,14 +9,15 @@ some. What is wrong is said in the protocol's own words.
 from __future__ import annotations
 
 import binascii
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from dataclasses import fields as dataclass_fields
 from enum import StrEnum
 from typing import Any, Generic, Protocol, TypeVar
 
 import orjson
 
-from xkiproxy.protocols.base import Fields, Refusal
+from xkiproxy.protocols.base import Caller, Fields, Refusal
 
 _Value = TypeVar("_Value", bound=StrEnum)
 
@@ -206,6 +207,7 @@ class Texts:
         return {"type": "array", "maxItems": 10, "items": items, "description": self.description}
 
 
+_ONLY_TEXTS = frozenset({str})
 _BASE64_PATTERN = "^([A-Za-z0-9+/]{4})*([A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?$"
 
 
@@ -230,3 +232,20 @@ def parse_object(body: bytes) -> Fields | None:
 def base64(data: bytes) -> str:
     """Standard Base64."""
     return binascii.b2a_base64(data, newline=False).decode("ascii")
+
+
+def caller_reader(names: Mapping[str, str]) -> Callable[[Fields], Caller | None]:
+    """What reads a request's metadata; `names` has the attribute of Caller for each wire name.
+
+    What it makes gives None for metadata of which a field is not a string (or null): then it has to
+    be looked at field by field, to say what is wrong.
+    """
+    by_attribute = {attribute: name for name, attribute in names.items()}
+    # An attribute that a protocol does not have is looked up by a key that no JSON object has.
+    keys = [by_attribute.get(attribute.name, 0) for attribute in dataclass_fields(Caller)]
+
+    def read(metadata: Mapping[Any, Any]) -> Caller | None:
+        texts = [metadata.get(key, "") for key in keys]
+        return Caller(*texts) if _ONLY_TEXTS.issuperset(map(type, texts)) else None
+
+    return read

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from operator import itemgetter
 
 
 def fold_headers(headers: Sequence[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
     """Names in lower case, values trimmed, repeated headers joined by a comma (RFC 9110 5.3)."""
-    folded: dict[bytes, bytes] = {}
+    folded = {name.lower(): value.strip() for name, value in headers}
+    if len(folded) == len(headers):  # nearly always
+        return folded
+    folded = {}
     for name, value in headers:
         lower = name.lower()
         if lower in folded:
@@ -16,6 +20,31 @@ def fold_headers(headers: Sequence[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
         else:
             folded[lower] = value.strip()
     return folded
+
+
+class SignedHeaders:
+    """The names of the signed headers of a client, prepared: they stay the same from day to day."""
+
+    __slots__ = ("_pick", "_template", "line", "names")
+
+    def __init__(self, line: str) -> None:
+        """`line` is `SignedHeaders`: names in lower case, joined by ; and at least two of them.
+
+        Raises:
+            ValueError: they are not sorted, one stands there twice, or there is only one.
+        """
+        names = line.split(";")
+        if names != sorted(set(names)) or len(names) < 2:
+            raise ValueError("names must be sorted and without repetition")
+        self.line = line.encode("ascii")
+        self.names = tuple(name.encode("ascii") for name in names)
+        self._pick = itemgetter(*self.names)
+        self._template = b"".join(name.replace(b"%", b"%%") + b":%b\n" for name in self.names)
+
+    def lines(self, headers: Mapping[bytes, bytes]) -> bytes:
+        """`name:value` and a line feed for each; raises KeyError where a header is missing."""
+        values: tuple[bytes, ...] = self._pick(headers)
+        return self._template % values
 
 
 def basic_timestamp(date: str) -> float | None:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 
-from xkiproxy.protocols.base import Trouble
+from xkiproxy.protocols.base import SignedRequest, Trouble
 
 _STATUS_LINES = {
     status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus
@@ -14,14 +14,14 @@ _STATUS_LINES = {
 _CLOSE = b"Connection: close\r\n"
 
 
-class Request:
+class Request(SignedRequest):
     """A request with its whole body, or with what was wrong before it was whole.
 
-    `path` and `query` are as they stood in the request line, `headers` as they came. `began` is on
-    the clock of `time.monotonic`, when the headers had come.
+    `source` is the client's address, `began` when the headers had come, on the clock of
+    `time.monotonic`.
     """
 
-    __slots__ = ("began", "body", "headers", "method", "path", "query", "source", "trouble")
+    __slots__ = ("began", "source", "trouble")
 
     def __init__(
         self,

@@ -27,7 +27,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.hmac import HMAC
 
 from xkiproxy.protocols.base import Identity, Refusal, SignedRequest, SigningKeys
-from xkiproxy.protocols.signed_headers import basic_timestamp, fold_headers
+from xkiproxy.protocols.signed_headers import SignedHeaders, basic_timestamp, fold_headers
 
 PRODUCT = "kms"
 WINDOW_SECONDS = 15 * 60
@@ -45,7 +45,7 @@ _HEAD = re.compile(
     r"/(?P<region>[^/,;\s]{1,64})/(?P<product>[^/,;\s]{1,64})/(?P<terminator>[^/,;\s]{1,64}), *"
     r"SignedHeaders=(?P<signed>[!#$%&'*+.^_`|~0-9a-z-]+(?:;[!#$%&'*+.^_`|~0-9a-z-]+)*)"
 )
-_SIGNATURE = re.compile(r" *Signature=([0-9a-f]{64})")
+_SIGNATURE = re.compile(rb" *Signature=([0-9a-f]{64})")
 _BASIC_DATE = re.compile(r"[0-9]{8}T[0-9]{6}Z")
 _EXTENDED_DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z")
 
@@ -86,8 +86,17 @@ class SignatureAlgorithm(Enum):
     ) -> None:
         self.wire_name = wire_name
         self.content_header = content_header
+        self.wire_bytes = wire_name.encode("ascii")
         self.digest = digest
         self.mac = mac
+
+    def hex_digest(self, data: bytes) -> bytes:
+        """The hash in lower-case hex."""
+        return self.digest(data).hex().encode("ascii")
+
+    def hex_mac(self, key: bytes, data: bytes) -> bytes:
+        """The HMAC in lower-case hex."""
+        return self.mac(key, data).hex().encode("ascii")
 
 
 _ALGORITHMS = {algorithm.wire_name: algorithm for algorithm in SignatureAlgorithm}
@@ -102,24 +111,22 @@ class _Head:
     date: str
     region: str
     product: str
-    terminator: str
-    signed: tuple[bytes, ...]
-    signed_line: bytes
-    content_header: bytes
     scope: str
+    signed: SignedHeaders
+    content_header: bytes
+    is_ours: bool
+    """Product and terminator are right."""
+    is_complete: bool
+    """All headers are signed that must be."""
+    first_hour: bytes
+    """How `x-acs-date` begins, in its basic form."""
 
     def signing_key(self, secret: str) -> bytes:
         return signing_key(self.algorithm, secret, self.date, self.region, self.product)
 
-    def covers_what_it_must(self) -> bool:
-        needed = (b"host", _DATE_HEADER, _NONCE_HEADER, self.content_header)
-        return all(name in self.signed for name in needed)
-
-    def has_right_scope(self, date: str) -> bool:
-        return (
-            self.product == PRODUCT
-            and self.terminator == _TERMINATOR
-            and date.replace("-", "").startswith(self.date + "T")
+    def is_of_day(self, date: bytes) -> bool:
+        return date.startswith(self.first_hour) or date.replace(b"-", b"").startswith(
+            self.first_hour
         )
 
 
@@ -133,26 +140,30 @@ def verify(request: SignedRequest, keys: SigningKeys, now: float) -> Identity:
     """
     headers = fold_headers(request.headers)
     head, signature = _parse_authorization(headers.get(b"authorization"))
-    date = headers.get(_DATE_HEADER, b"").decode("latin-1")
+    date = headers.get(_DATE_HEADER, b"")
     timestamp = _timestamp(date)
     if abs(now - timestamp) > WINDOW_SECONDS:
         raise Refusal(400, "InvalidAcsDate", "The x-acs-date is over 15 minutes off.", "stale")
-    if not head.has_right_scope(date):
+    if not (head.is_ours and head.is_of_day(date)):
         raise _unauthorized("scope")
     nonce = headers.get(_NONCE_HEADER, b"")
-    complete = head.covers_what_it_must() and all(name in headers for name in head.signed)
-    if not complete or not 1 <= len(nonce) <= _MAX_NONCE_SIZE:
+    if not (head.is_complete and 1 <= len(nonce) <= _MAX_NONCE_SIZE):
         raise _unauthorized("unsigned_header")
-    if headers.get(_ACCESS_KEY_HEADER, b"").decode("latin-1") not in {"", head.access_key_id}:
+    claimed = headers.get(_ACCESS_KEY_HEADER)
+    if claimed and claimed.decode("latin-1") != head.access_key_id:
         raise _unauthorized("unknown_access_key")
+    try:
+        lines = head.signed.lines(headers)
+    except KeyError:
+        raise _unauthorized("unsigned_header") from None
 
     # From here on an unknown access key, a wrong body and a wrong signature take the same steps:
     # nothing may tell them apart, neither words nor time.
     algorithm = head.algorithm
-    body_hash = algorithm.digest(request.body).hex().encode()
+    body_hash = algorithm.hex_digest(request.body)
     body_matches = hmac.compare_digest(body_hash, headers[head.content_header])
     known, key = keys.get(head.access_key_id, head.scope, head.signing_key)
-    expected = _signature(algorithm, key, request, headers, head, body_hash)
+    expected = _signature(key, request, lines, head, body_hash)
     signature_matches = hmac.compare_digest(expected, signature)
     if not (known & body_matches & signature_matches):
         raise _unauthorized(_reason(known, body_matches))
@@ -182,12 +193,13 @@ def sign(
     date = folded[_DATE_HEADER].decode("ascii").replace("-", "").partition("T")[0]
     scope = f"{date}/{region}/{PRODUCT}/{_TERMINATOR}"
     start = f"{algorithm.wire_name} Credential={access_key_id}/{scope},"
-    head = _parse_head(start + f"SignedHeaders={b';'.join(signed).decode('ascii')}")
+    head = _parse_head(f"{start}SignedHeaders={b';'.join(signed).decode('ascii')}".encode())
     request = SignedRequest(method, path, query, raw, body)
-    body_hash = algorithm.digest(body).hex().encode()
     key = head.signing_key(secret)
-    signature = _signature(algorithm, key, request, folded, head, body_hash).decode("ascii")
-    return f"{start}SignedHeaders={head.signed_line.decode('ascii')},Signature={signature}"
+    body_hash = algorithm.hex_digest(body)
+    signature = _signature(key, request, head.signed.lines(folded), head, body_hash)
+    names = head.signed.line.decode("ascii")
+    return f"{start}SignedHeaders={names},Signature={signature.decode('ascii')}"
 
 
 def signing_key(
@@ -201,24 +213,19 @@ def signing_key(
 
 
 def _signature(
-    algorithm: SignatureAlgorithm,
-    key: bytes,
-    request: SignedRequest,
-    headers: Mapping[bytes, bytes],
-    head: _Head,
-    body_hash: bytes,
+    key: bytes, request: SignedRequest, lines: bytes, head: _Head, body_hash: bytes
 ) -> bytes:
-    lines = [b"%b:%b\n" % (name, headers[name]) for name in head.signed]
     canonical = b"%b\n%b\n%b\n%b\n%b\n%b" % (
         request.method.encode("ascii"),
         (request.path or "/").encode("utf-8", "surrogateescape"),
         _canonical_query(request.query) if request.query else b"",
-        b"".join(lines),
-        head.signed_line,
+        lines,
+        head.signed.line,
         body_hash,
     )
-    to_sign = algorithm.wire_name + "\n" + algorithm.digest(canonical).hex()
-    return algorithm.mac(key, to_sign.encode("ascii")).hex().encode("ascii")
+    algorithm = head.algorithm
+    to_sign = b"%b\n%b" % (algorithm.wire_bytes, algorithm.hex_digest(canonical))
+    return algorithm.hex_mac(key, to_sign)
 
 
 def _is_signed(name: bytes) -> bool:
@@ -236,44 +243,49 @@ def _canonical_query(query: str) -> bytes:
 def _parse_authorization(value: bytes | None) -> tuple[_Head, bytes]:
     if not value:
         raise _unauthorized("missing")
-    head, comma, tail = value.decode("latin-1").rpartition(",")
+    head, comma, tail = value.rpartition(b",")
     signature = _SIGNATURE.fullmatch(tail)
     if not comma or signature is None:
         raise _malformed("it ends with ,Signature=<64 lower-case hex digits>")
-    return _parse_head(head), signature[1].encode("ascii")
+    return _parse_head(head), signature[1]
 
 
 @lru_cache(maxsize=256)
-def _parse_head(text: str) -> _Head:
-    match = _HEAD.fullmatch(text)
+def _parse_head(value: bytes) -> _Head:
+    match = _HEAD.fullmatch(value.decode("latin-1"))
     if match is None:
         raise _malformed(
             "write it as ACS4-HMAC-SHA256 (or -SM3) Credential=<id>/<yyyymmdd>/<region>/kms/"
             "aliyun_v4_request,SignedHeaders=<a;b;c>,Signature=<hex>"
         )
-    signed = match["signed"].split(";")
-    if signed != sorted(set(signed)):
-        raise _malformed("SignedHeaders must be sorted and without repetition")
+    try:
+        signed = SignedHeaders(match["signed"])
+    except ValueError:
+        raise _malformed("SignedHeaders must be sorted and without repetition") from None
     algorithm = _ALGORITHMS[match["algorithm"]]
+    content_header = algorithm.content_header.encode("ascii")
+    needed = {b"host", _DATE_HEADER, _NONCE_HEADER, content_header}
     return _Head(
         algorithm=algorithm,
         access_key_id=match["access_key_id"],
         date=match["date"],
         region=match["region"],
         product=match["product"],
-        terminator=match["terminator"],
-        signed=tuple(name.encode("ascii") for name in signed),
-        signed_line=match["signed"].encode("ascii"),
-        content_header=algorithm.content_header.encode("ascii"),
         scope=f"{algorithm.wire_name}/{match['date']}/{match['region']}/{match['product']}",
+        signed=signed,
+        content_header=content_header,
+        is_ours=match["product"] == PRODUCT and match["terminator"] == _TERMINATOR,
+        is_complete=needed.issubset(signed.names),
+        first_hour=match["date"].encode("ascii") + b"T",
     )
 
 
 @lru_cache(maxsize=64)
-def _timestamp(date: str) -> float:
+def _timestamp(value: bytes) -> float:
     """Seconds since the epoch of `yyyymmddThhmmssZ` (or the same with - and : inside)."""
-    if not date:
+    if not value:
         raise Refusal(400, "InvalidAcsDate", "The x-acs-date header is missing.", "date")
+    date = value.decode("latin-1")
     if _BASIC_DATE.fullmatch(date) or _EXTENDED_DATE.fullmatch(date):
         timestamp = basic_timestamp(date.replace("-", "").replace(":", ""))
         if timestamp is not None:

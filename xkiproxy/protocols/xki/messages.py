@@ -41,6 +41,7 @@ from xkiproxy.protocols.fields import (
     Text,
     Whole,
     base64,
+    caller_reader,
     parse_object,
 )
 from xkiproxy.protocols.xki import errors
@@ -67,6 +68,8 @@ _CALLER = {
     Text("SourceIp", "From which address."): "source_ip",
     Text("KmsViaService", "Through which service of the cloud."): "via_service",
 }
+_CALLER_REQUIRED = frozenset(field.name for field in _CALLER if field.required)
+_read_caller = caller_reader({field.name: name for field, name in _CALLER.items()})
 REQUEST_METADATA = Group(
     "RequestMetadata", "What the cloud says of the request.", (*_CALLER,), True
 )
@@ -169,6 +172,10 @@ def decode_caller(fields: Fields) -> Caller:
         raise required("RequestMetadata")
     if not isinstance(metadata, dict):
         raise _invalid_metadata("must be an object")
+    if metadata.keys() >= _CALLER_REQUIRED:
+        caller = _read_caller(metadata)
+        if caller is not None:
+            return caller
     values = {}
     for field, name in _CALLER.items():
         value = metadata.get(field.name)

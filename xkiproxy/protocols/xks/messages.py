@@ -22,7 +22,16 @@ from xkiproxy.crypto.operations import (
     invalid_ciphertext,
 )
 from xkiproxy.protocols.base import Caller, Fields, Refusal
-from xkiproxy.protocols.fields import Binary, Field, Group, Text, Texts, Whole, base64
+from xkiproxy.protocols.fields import (
+    Binary,
+    Field,
+    Group,
+    Text,
+    Texts,
+    Whole,
+    base64,
+    caller_reader,
+)
 from xkiproxy.protocols.xks import errors
 from xkiproxy.protocols.xks.errors import invalid
 
@@ -45,11 +54,12 @@ _CALLER = {
     "kmsViaService": "via_service",
 }
 _CALLER_REQUIRED = {
-    "health": ("kmsRequestId", "kmsOperation"),
-    "metadata": ("kmsRequestId", "kmsOperation", "awsPrincipalArn"),
-    "encrypt": ("kmsRequestId", "kmsOperation", "awsPrincipalArn", "kmsKeyArn"),
-    "decrypt": ("kmsRequestId", "kmsOperation", "awsPrincipalArn", "kmsKeyArn"),
+    "health": frozenset({"kmsRequestId", "kmsOperation"}),
+    "metadata": frozenset({"kmsRequestId", "kmsOperation", "awsPrincipalArn"}),
+    "encrypt": frozenset({"kmsRequestId", "kmsOperation", "awsPrincipalArn", "kmsKeyArn"}),
+    "decrypt": frozenset({"kmsRequestId", "kmsOperation", "awsPrincipalArn", "kmsKeyArn"}),
 }
+_read_caller = caller_reader(_CALLER)
 
 _ENCRYPTION_ALGORITHM = Text("encryptionAlgorithm", "The only one.", True, (_ALGORITHM,))
 _AAD = Binary(
@@ -136,6 +146,10 @@ def decode_caller(call: str, fields: Fields) -> Caller:
     metadata = fields.get("requestMetadata")
     if not isinstance(metadata, dict):
         raise invalid("requestMetadata", "must be an object")
+    if _CALLER_REQUIRED[call] <= metadata.keys():
+        caller = _read_caller(metadata)
+        if caller is not None:
+            return caller
     values = {}
     for wire_name, name in _CALLER.items():
         value = metadata.get(wire_name)

@@ -18,7 +18,7 @@ from functools import lru_cache
 from urllib.parse import quote
 
 from xkiproxy.protocols.base import Identity, SignedRequest, SigningKeys
-from xkiproxy.protocols.signed_headers import basic_timestamp, fold_headers
+from xkiproxy.protocols.signed_headers import SignedHeaders, basic_timestamp, fold_headers
 from xkiproxy.protocols.xks.errors import unauthenticated
 
 SERVICE = "kms-xks-proxy"
@@ -26,6 +26,7 @@ WINDOW_SECONDS = 5 * 60
 """How far a request's date may be off, either way."""
 
 _ALGORITHM = "AWS4-HMAC-SHA256"
+_ALGORITHM_BYTES = _ALGORITHM.encode("ascii")
 _TERMINATOR = "aws4_request"
 _DATE = b"x-amz-date"
 _CONTENT_HASH = b"x-amz-content-sha256"
@@ -34,8 +35,9 @@ _HEAD = re.compile(
     r"/(?P<region>[a-z0-9-]{1,64})/(?P<service>[a-z0-9-]{1,64})/(?P<terminator>[a-z0-9_]{1,64})"
     r" *, *SignedHeaders=(?P<signed>[!#$%&'*+.^_`|~0-9a-z-]+(?:;[!#$%&'*+.^_`|~0-9a-z-]+)*) *"
 )
-_SIGNATURE = re.compile(r" *Signature=([0-9a-f]{64})")
-_DATE_FORM = re.compile(r"[0-9]{8}T[0-9]{6}Z")
+_SIGNATURE = re.compile(rb" *Signature=([0-9a-f]{64})")
+_DATE_FORM = re.compile(rb"[0-9]{8}T[0-9]{6}Z")
+_PLAIN_PATH = re.compile(r"[A-Za-z0-9/._~-]*")
 _SPACES = re.compile(rb" {2,}")
 
 
@@ -47,9 +49,13 @@ class _Head:
     date: str
     region: str
     scope: str
-    signed: tuple[bytes, ...]
-    signed_line: bytes
+    signed: SignedHeaders
     is_ours: bool
+    """Service and terminator are right."""
+    is_complete: bool
+    """All headers are signed that must be."""
+    day: bytes
+    """How `x-amz-date` begins."""
 
     def signing_key(self, secret: str) -> bytes:
         return signing_key(secret, self.date, self.region)
@@ -63,23 +69,26 @@ def verify(request: SignedRequest, keys: SigningKeys, now: float) -> Identity:
     """
     headers = fold_headers(request.headers)
     head, signature = _parse_authorization(headers.get(b"authorization"))
-    date = headers.get(_DATE, b"").decode("latin-1")
+    date = headers.get(_DATE, b"")
     timestamp = _timestamp(date)
     if abs(now - timestamp) > WINDOW_SECONDS:
         raise unauthenticated("stale")
-    if not head.is_ours or not date.startswith(head.date):
+    if not (head.is_ours and date.startswith(head.day)):
         raise unauthenticated("scope")
     if request.query:
         raise unauthenticated("malformed")
-    needed = b"host" in head.signed and _DATE in head.signed
-    if not needed or not all(name in headers for name in head.signed):
+    if not head.is_complete:
         raise unauthenticated("unsigned_header")
+    try:
+        lines = head.signed.lines(headers)
+    except KeyError:
+        raise unauthenticated("unsigned_header") from None
 
     # From here on an unknown access key and a wrong signature take the same steps.
     body_hash = hashlib.sha256(request.body).hexdigest().encode()
     body_matches = hmac.compare_digest(headers.get(_CONTENT_HASH, body_hash), body_hash)
     known, key = keys.get(head.access_key_id, head.scope, head.signing_key)
-    expected = _signature(key, request, headers, head, date, body_hash)
+    expected = _signature(key, request, lines, head, date, body_hash)
     signature_matches = hmac.compare_digest(expected, signature)
     if not known:
         raise unauthenticated("unknown_access_key")
@@ -106,12 +115,12 @@ def sign(
     scope = f"{date[:8]}/{region}/{SERVICE}/{_TERMINATOR}"
     names = ";".join(sorted(name.decode("ascii") for name in folded))
     start = f"{_ALGORITHM} Credential={access_key_id}/{scope}, SignedHeaders={names}"
-    head = _parse_head(start)
+    head = _parse_head(start.encode())
     request = SignedRequest(method, path, "", raw, body)
     body_hash = hashlib.sha256(body).hexdigest().encode()
-    key = head.signing_key(secret)
-    signature = _signature(key, request, folded, head, date, body_hash).decode("ascii")
-    return f"{start}, Signature={signature}"
+    lines = head.signed.lines(folded)
+    signature = _signature(head.signing_key(secret), request, lines, head, date.encode(), body_hash)
+    return f"{start}, Signature={signature.decode('ascii')}"
 
 
 def signing_key(secret: str, date: str, region: str) -> bytes:
@@ -123,58 +132,61 @@ def signing_key(secret: str, date: str, region: str) -> bytes:
 
 
 def _signature(
-    key: bytes,
-    request: SignedRequest,
-    headers: Mapping[bytes, bytes],
-    head: _Head,
-    date: str,
-    body_hash: bytes,
+    key: bytes, request: SignedRequest, lines: bytes, head: _Head, date: bytes, body_hash: bytes
 ) -> bytes:
-    lines = [b"%b:%b\n" % (name, _SPACES.sub(b" ", headers[name])) for name in head.signed]
     canonical = b"%b\n%b\n\n%b\n%b\n%b" % (
         request.method.encode("ascii"),
-        quote(request.path.encode("utf-8", "surrogateescape"), safe="/~").encode("ascii"),
-        b"".join(lines),
-        head.signed_line,
+        _canonical_path(request.path),
+        # Spaces in a value become one; in a header's name there are none.
+        _SPACES.sub(b" ", lines) if b"  " in lines else lines,
+        head.signed.line,
         body_hash,
     )
-    digest = hashlib.sha256(canonical).hexdigest()
-    to_sign = f"{_ALGORITHM}\n{date}\n{head.scope}\n{digest}".encode("ascii")
+    digest = hashlib.sha256(canonical).hexdigest().encode("ascii")
+    to_sign = b"%b\n%b\n%b\n%b" % (_ALGORITHM_BYTES, date, head.scope.encode("ascii"), digest)
     return hmac.digest(key, to_sign, "sha256").hex().encode("ascii")
+
+
+def _canonical_path(path: str) -> bytes:
+    if _PLAIN_PATH.fullmatch(path):  # nothing to encode
+        return path.encode("ascii")
+    return quote(path.encode("utf-8", "surrogateescape"), safe="/~").encode("ascii")
 
 
 def _parse_authorization(value: bytes | None) -> tuple[_Head, bytes]:
     if not value:
         raise unauthenticated("missing")
-    start, comma, tail = value.decode("latin-1").rpartition(",")
+    start, comma, tail = value.rpartition(b",")
     signature = _SIGNATURE.fullmatch(tail)
     if not comma or signature is None:
         raise unauthenticated("malformed")
-    return _parse_head(start), signature[1].encode("ascii")
+    return _parse_head(start), signature[1]
 
 
 @lru_cache(maxsize=256)
-def _parse_head(text: str) -> _Head:
-    match = _HEAD.fullmatch(text)
+def _parse_head(value: bytes) -> _Head:
+    match = _HEAD.fullmatch(value.decode("latin-1"))
     if match is None:
         raise unauthenticated("malformed")
-    signed = match["signed"].split(";")
-    if signed != sorted(set(signed)):
-        raise unauthenticated("malformed")
+    try:
+        signed = SignedHeaders(match["signed"])
+    except ValueError:
+        raise unauthenticated("malformed") from None
     return _Head(
         access_key_id=match["id"],
         date=match["date"],
         region=match["region"],
         scope="/".join(match.group("date", "region", "service", "terminator")),
-        signed=tuple(name.encode("ascii") for name in signed),
-        signed_line=match["signed"].encode("ascii"),
+        signed=signed,
         is_ours=match["service"] == SERVICE and match["terminator"] == _TERMINATOR,
+        is_complete={b"host", _DATE}.issubset(signed.names),
+        day=match["date"].encode("ascii"),
     )
 
 
 @lru_cache(maxsize=64)
-def _timestamp(date: str) -> float:
-    timestamp = basic_timestamp(date) if _DATE_FORM.fullmatch(date) else None
+def _timestamp(date: bytes) -> float:
+    timestamp = basic_timestamp(date.decode("ascii")) if _DATE_FORM.fullmatch(date) else None
     if timestamp is None:
         raise unauthenticated("date")
     return timestamp
