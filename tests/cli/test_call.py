@@ -25,7 +25,8 @@ from cli_site import ACCESS_KEY_SECRET, Outcome, Run, Site
 
 from xkiproxy.cli import http as client_http
 from xkiproxy.cli.certificate import CertificateKey, self_signed
-from xkiproxy.protocols.xki.client import Signer, read_answer
+from xkiproxy.protocols.client import Signer
+from xkiproxy.protocols.xki.client import XkiClient
 
 
 @dataclass
@@ -478,8 +479,8 @@ def test_listening_everywhere_is_called_here(run: Run, site: Site, server: Serve
 
 
 def test_secrets_and_bodies_have_no_repr() -> None:
-    assert "hush" not in repr(Signer("XKIID", "hush"))
-    assert "hush" not in repr(read_answer(200, b'{"Plaintext": "hush"}'))
+    assert "hush" not in repr(Signer("XKIID", "hush", "cn-hangzhou"))
+    assert "hush" not in repr(XkiClient().read_answer(200, b'{"Plaintext": "hush"}'))
 
 
 def test_help_has_examples(run: Run) -> None:
