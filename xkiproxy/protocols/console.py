@@ -1,4 +1,7 @@
-"""What the console of every cloud wants to know of a key store, and in which words."""
+"""What the console of every cloud wants to know of a key store, and in which words.
+
+Pure but for the random bits of a new credential.
+"""
 
 from __future__ import annotations
 
