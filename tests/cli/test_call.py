@@ -352,6 +352,7 @@ def test_misuse_is_status_2(run: Run, site: Site, tmp_path: Path) -> None:
         ["health", "--secret-file", str(secret)],
         ["health", "--access-key-secret", "x"],
         ["health", "--timeout", "0"],
+        ["health", "--region", "a/b"],
     ):
         assert run("call", *arguments, "-c", site.config).status == 2, arguments
 

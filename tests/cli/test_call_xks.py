@@ -124,6 +124,7 @@ def test_integrity_is_verified(run: Run, xks_site: Site, xks_server: Server) -> 
         (["decrypt", "k", "--ciphertext", "AAAA"], "--ciphertext"),
         (["decrypt", "k", "--iv", "AAAA"], "--iv"),
         (["health", "--signature", "sm3"], "--signature"),
+        (["health", "--region", "US"], "--region"),
         (["health", "--protocol", "xki"], "--protocol"),
         (["health", "--protocol", "kmip"], "--protocol"),
     ],

@@ -34,12 +34,13 @@ from xkiproxy.cli.kms_config import AccessKeyOption, external_proxy_path, pick_c
 from xkiproxy.config import Config, load_config
 from xkiproxy.config.models import split_address
 from xkiproxy.config.secrets import SecretSource
-from xkiproxy.protocols.base import Fields
+from xkiproxy.protocols.base import Fields, Refusal
 from xkiproxy.protocols.client import (
     Answer,
     ArgumentError,
     Arguments,
     ClientDialect,
+    Request,
     Signer,
     call_path,
 )
@@ -275,27 +276,8 @@ def _call(
     if not key.isascii() or not key.isprintable() or set(key) & set("/?# "):
         raise typer.BadParameter("a key ID is 1 to 128 of A-Z a-z 0-9 . _ -", param_hint="KEY")
     kms_request_id = f"req-{uuid.uuid4()}"
-    request = target.dialect.build_request(
-        call,
-        call_path(target.path, target.dialect.calls[call].part, key),
-        fields,
-        target.signer,
-        host=target.endpoint.authority,
-        now=time.time(),
-        nonce=secrets.token_hex(16),
-        kms_request_id=kms_request_id,
-    )
-    try:
-        response = http.post(
-            target.endpoint,
-            target.trust,
-            request.path,
-            request.headers,
-            request.body,
-            options.timeout,
-        )
-    except http.RequestError as error:
-        raise CommandError(explain_failure(error, target.endpoint, target.trust)) from None
+    request = _request(target, call, key, fields, kms_request_id)
+    response = _send(target, request, options.timeout)
     try:
         answer = target.dialect.read_answer(response.status, response.body)
     except ValueError as error:
@@ -336,6 +318,34 @@ def _stored(dialect: ClientDialect, text: bytes) -> Fields:
         return dialect.stored_fields(document)
     except ValueError as error:
         raise CommandError(f"the input {error}") from None
+
+
+def _request(target: Target, call: str, key: str, fields: Fields, kms_request_id: str) -> Request:
+    try:
+        return target.dialect.build_request(
+            call,
+            call_path(target.path, target.dialect.calls[call].part, key),
+            fields,
+            target.signer,
+            host=target.endpoint.authority,
+            now=time.time(),
+            nonce=secrets.token_hex(16),
+            kms_request_id=kms_request_id,
+        )
+    except Refusal:
+        raise typer.BadParameter(
+            f"{target.dialect.name}: no signature can name this access key ID or this region",
+            param_hint="--access-key-id, --region",
+        ) from None
+
+
+def _send(target: Target, request: Request, timeout: float) -> http.Response:
+    try:
+        return http.post(
+            target.endpoint, target.trust, request.path, request.headers, request.body, timeout
+        )
+    except http.RequestError as error:
+        raise CommandError(explain_failure(error, target.endpoint, target.trust)) from None
 
 
 def _verify(dialect: ClientDialect, sent: Fields, answer: Answer) -> None:

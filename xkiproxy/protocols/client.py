@@ -110,7 +110,11 @@ class ClientDialect(Interface):
         nonce: str,
         kms_request_id: str,
     ) -> Request:
-        """Sign a call. `host` is the Host header; `now` is in seconds since the epoch."""
+        """Sign a call. `host` is the Host header; `now` is in seconds since the epoch.
+
+        Raises:
+            Refusal: the access key ID or the region has a form that no signature can name.
+        """
         ...
 
     def read_answer(self, status: int, body: bytes) -> Answer:
