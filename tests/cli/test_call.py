@@ -4,115 +4,24 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import http.server
-import io
 import json
 import socket
-import ssl
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from datetime import UTC, datetime
 from email.utils import formatdate
 from pathlib import Path
-from typing import Any
 
 import pytest
 from alibabacloud_gateway_pop.client import Client as AlibabaSigner
-from cli_site import ACCESS_KEY_SECRET, Outcome, Run, Site
+from cli_site import ACCESS_KEY_SECRET, Recorded, Run, Server, Site, feed, nothing_sent
 
 from xkiproxy.cli import http as client_http
 from xkiproxy.cli.certificate import CertificateKey, self_signed
-from xkiproxy.protocols.xki.client import Signer, read_answer
-
-
-@dataclass
-class Recorded:
-    path: str
-    headers: dict[str, str]
-    body: bytes
-
-    @property
-    def fields(self) -> dict[str, Any]:
-        fields: dict[str, Any] = json.loads(self.body)
-        assert fields.pop("RequestMetadata")["KmsRequestId"].startswith("req-")
-        return fields
-
-
-@dataclass
-class Server:
-    """A TLS server; `answer` is what it says next."""
-
-    port: int = 0
-    status: int = 200
-    answer: bytes = b'{"RequestId": "the-id"}'
-    date: str | None = None
-    delay: float = 0
-    requests: list[Recorded] = field(default_factory=list)
-
-    @property
-    def last(self) -> Recorded:
-        return self.requests[-1]
-
-
-@pytest.fixture
-def start() -> Iterator[Callable[..., Server]]:
-    running: list[http.server.ThreadingHTTPServer] = []
-
-    def start(certificate: Path, key: Path, client_ca: Path | None = None) -> Server:
-        server = Server()
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                server.requests.append(Recorded(self.path, dict(self.headers.items()), body))
-                time.sleep(server.delay)
-                self.send_response_only(server.status)
-                self.send_header("Date", server.date or formatdate(usegmt=True))
-                self.send_header("Content-Length", str(len(server.answer)))
-                self.send_header("Connection", "close")
-                self.end_headers()
-                self.wfile.write(server.answer)
-
-            def log_message(self, *arguments: object) -> None:
-                pass
-
-        class Quiet(http.server.ThreadingHTTPServer):
-            def handle_error(self, *arguments: object) -> None:
-                pass
-
-            def finish_request(self, request: Any, client_address: Any) -> None:
-                # The handshake belongs to the connection's thread, where its failure hurts nobody.
-                with context.wrap_socket(request, server_side=True) as secured:
-                    super().finish_request(secured, client_address)
-
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(certificate, key)
-        if client_ca is not None:
-            context.verify_mode = ssl.CERT_REQUIRED
-            context.load_verify_locations(client_ca)
-        listener = Quiet(("127.0.0.1", 0), Handler)
-        running.append(listener)
-        threading.Thread(target=listener.serve_forever, args=(0.05,), daemon=True).start()
-        server.port = listener.server_address[1]
-        return server
-
-    yield start
-    for listener in running:
-        listener.shutdown()
-        listener.server_close()
-
-
-@pytest.fixture
-def server(site: Site, start: Callable[..., Server]) -> Server:
-    """A server with the site's own certificate, where the site's configuration says it is."""
-    server = start(site.certificate, site.private_key)
-    site.listen_on(server.port)
-    return server
+from xkiproxy.protocols.client import Signer
+from xkiproxy.protocols.xki.client import XkiClient
 
 
 def signed_by_alibaba(request: Recorded, secret: str = ACCESS_KEY_SECRET) -> bool:
@@ -198,10 +107,6 @@ def test_encrypt_sends_what_was_asked(run: Run, site: Site, server: Server, tmp_
         "PaddingMode": "PKCS7_PADDING",
     }
     assert signed_by_alibaba(server.last)
-
-
-def feed(monkeypatch: pytest.MonkeyPatch, text: bytes) -> None:
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text)))
 
 
 def test_standard_input(
@@ -292,13 +197,6 @@ def test_without_a_configuration(
     secret.chmod(0o644)
     open_secret = run("call", "health", *where, "--secret-file", secret, *pin)
     assert (open_secret.status, "chmod 0600" in open_secret.err) == (1, True)
-
-
-def nothing_sent(server: Server, outcome: Outcome) -> str:
-    """The error of a call that must not have sent its request."""
-    assert outcome.status == 1
-    assert server.requests == []
-    return outcome.err
 
 
 def test_an_untrusted_certificate(run: Run, site: Site, server: Server, tmp_path: Path) -> None:
@@ -454,6 +352,7 @@ def test_misuse_is_status_2(run: Run, site: Site, tmp_path: Path) -> None:
         ["health", "--secret-file", str(secret)],
         ["health", "--access-key-secret", "x"],
         ["health", "--timeout", "0"],
+        ["health", "--region", "a/b"],
     ):
         assert run("call", *arguments, "-c", site.config).status == 2, arguments
 
@@ -478,8 +377,8 @@ def test_listening_everywhere_is_called_here(run: Run, site: Site, server: Serve
 
 
 def test_secrets_and_bodies_have_no_repr() -> None:
-    assert "hush" not in repr(Signer("XKIID", "hush"))
-    assert "hush" not in repr(read_answer(200, b'{"Plaintext": "hush"}'))
+    assert "hush" not in repr(Signer("XKIID", "hush", "cn-hangzhou"))
+    assert "hush" not in repr(XkiClient().read_answer(200, b'{"Plaintext": "hush"}'))
 
 
 def test_help_has_examples(run: Run) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import os
 import re
@@ -39,6 +40,14 @@ def test_add_prints_the_credential_once(run: Run, site: Site) -> None:
     listed = run("credentials", "list", "--config", site.config)
     assert fields["access_key_id"] in listed.out
     assert fields["access_key_secret"] not in listed.out + listed.err
+
+
+def test_add_in_the_form_of_the_other_cloud(run: Run, xks_site: Site) -> None:
+    fields = run("credentials", "add", "--config", xks_site.config, "--json").json()
+    assert re.fullmatch(r"[A-Z2-7]{20,30}", fields["access_key_id"])
+    assert re.fullmatch(r"[A-Za-z0-9+/=]{43,64}", fields["access_key_secret"])
+    assert len(base64.b64decode(fields["access_key_secret"], validate=True)) == 32
+    assert ids(xks_site) == [ACCESS_KEY_ID, fields["access_key_id"]]
 
 
 def test_add_for_people(run: Run, site: Site) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import ssl
 import stat
@@ -77,6 +78,19 @@ def test_the_other_commands_work_on_it(run: Run, tmp_path: Path) -> None:
     values = run("kms-config", "--config", config, "--json").json()
     assert values["ExternalProxyPath"] == "/acme/kms/xki/v1"
     assert len(run("credentials", "list", "--config", config, "--json").json()) == 1
+
+
+def test_the_other_protocol(run: Run, tmp_path: Path) -> None:
+    made = run("init", tmp_path / "site", "--protocol", "xks", "--json")
+    settings = load_config(Path(made.json()["config"]))
+    assert [store.protocol for store in settings.keystore] == ["xks"]
+    (credential,) = load_credentials(settings.keystore[0].credentials)
+    assert re.fullmatch(r"[A-Z2-7]{20,30}", credential.access_key_id)
+    assert re.fullmatch(r"[A-Za-z0-9+/=]{43,64}", credential.access_key_secret)
+    text = settings.path.read_text()
+    assert ("public authority" in text, "pins" in text) == (True, False)
+    values = run("kms-config", "--config", settings.path, "--json").json()
+    assert values["XksProxyUriPath"] == "/demo/kms/xks/v1"
 
 
 @pytest.mark.parametrize("kind", ["ec", "rsa"])
@@ -248,6 +262,7 @@ def test_the_configuration_may_have_another_name(
 def test_misuse_is_status_2_and_makes_nothing(run: Run, tmp_path: Path) -> None:
     for arguments in (
         ["--kmi", "tape"],
+        ["--protocol", "kmip"],
         ["--keystore", "../up"],
         ["--keystore", "Capital"],
         ["--host", "two words"],

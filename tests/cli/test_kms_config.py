@@ -29,6 +29,36 @@ def test_the_four_values(run: Run, site: Site) -> None:
     assert "--keystore" not in people.out
 
 
+def test_what_aws_asks_for(run: Run, xks_site: Site, tmp_path: Path) -> None:
+    values = run("kms-config", "--config", xks_site.config, "--json").json()
+    assert values == {
+        "XksProxyUriPath": "/demo/kms/xks/v1",
+        "XksProxyAuthenticationCredential": {
+            "AccessKeyId": ACCESS_KEY_ID,
+            "RawSecretAccessKey": ACCESS_KEY_SECRET,
+        },
+    }
+    file = tmp_path / "kms.json"
+    written = run("kms-config", "--config", xks_site.config, "--output", file)
+    assert (written.status, json.loads(file.read_text())) == (0, values)
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert ACCESS_KEY_SECRET not in written.out + written.err
+    people = run("kms-config", "--config", xks_site.config).out
+    for text in ("Proxy URI path", "Access key ID", "Secret access key", "/demo/kms/xks/v1"):
+        assert text in people
+    assert "public certificate authority" in people
+    assert "ingerprint  " not in people
+    assert f"call health --config {xks_site.config}" in people
+
+
+def test_aws_needs_no_certificate_of_ours(run: Run, xks_site: Site) -> None:
+    lines = xks_site.config.read_text().splitlines()
+    kept = [line for line in lines if "tls" not in line]
+    kept.insert(1, "plaintext = true")
+    xks_site.config.write_text("\n".join(kept) + "\n")
+    assert run("kms-config", "--config", xks_site.config, "--json").status == 0
+
+
 def test_a_file_for_upload(run: Run, site: Site, tmp_path: Path) -> None:
     file = tmp_path / "kms.json"
     written = run("kms-config", "--config", site.config, "--output", file)

@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import orjson
 import typer
 
 from xkiproxy.cli import http
@@ -28,29 +27,27 @@ from xkiproxy.cli.common import (
     print_fields,
     print_json,
 )
-from xkiproxy.cli.credentials import KeystoreOption, pick_keystore
+from xkiproxy.cli.credentials import KeystoreOption, check_protocol, pick_keystore
 from xkiproxy.cli.diagnosis import explain_answer, explain_failure
 from xkiproxy.cli.fingerprint import fingerprints, load_certificates
 from xkiproxy.cli.kms_config import AccessKeyOption, external_proxy_path, pick_credential
 from xkiproxy.config import Config, load_config
-from xkiproxy.config.models import split_address
 from xkiproxy.config.secrets import SecretSource
-from xkiproxy.protocols.xki import XkiProtocol
-from xkiproxy.protocols.xki.acs4 import SignatureAlgorithm
-from xkiproxy.protocols.xki.client import (
+from xkiproxy.protocols.base import Fields, Refusal
+from xkiproxy.protocols.client import (
     Answer,
+    ArgumentError,
+    Arguments,
+    ClientDialect,
+    Request,
     Signer,
-    build_request,
     call_path,
-    decrypt_fields,
-    encrypt_fields,
-    random_fields,
-    read_answer,
 )
+from xkiproxy.protocols.fields import parse_object
+from xkiproxy.protocols.registry import CLIENTS, DEFAULT_PROTOCOL
 
 SECRET_VARIABLE = "XKIPROXY_ACCESS_KEY_SECRET"  # noqa: S105 - a name, not a secret
 
-_ALGORITHMS = {"sha256": SignatureAlgorithm.HMAC_SHA256, "sm3": SignatureAlgorithm.HMAC_SM3}
 _KEY_ID_HELP = "The external key ID."
 
 app = typer.Typer(
@@ -90,8 +87,19 @@ class Options:
         Path | None,
         typer.Option(help=f"Holds the secret; or set ${SECRET_VARIABLE}.", metavar="FILE"),
     ] = None
-    signature: Annotated[str, typer.Option(help="sha256 or sm3.", metavar="HASH")] = "sha256"
-    region: Annotated[str, typer.Option(help="The region that is signed.")] = "cn-hangzhou"
+    protocol: Annotated[
+        str,
+        typer.Option(
+            help=f"{' or '.join(CLIENTS)}; default: the key store's, or {DEFAULT_PROTOCOL}.",
+            metavar="NAME",
+        ),
+    ] = ""
+    signature: Annotated[
+        str, typer.Option(help="sha256, or sm3 where the protocol has it.", metavar="HASH")
+    ] = "sha256"
+    region: Annotated[
+        str, typer.Option(help="The region that is signed; default: a usual one of the cloud.")
+    ] = ""
     timeout: Annotated[float, typer.Option(help="Seconds, for each phase.", min=0.001)] = 10.0
     config: ConfigOption = DEFAULT_CONFIG
     as_json: JsonOption = False
@@ -101,6 +109,7 @@ class Options:
 class Target:
     """What the options and the configuration amount to."""
 
+    dialect: ClientDialect
     endpoint: http.Endpoint
     trust: http.Trust
     path: str
@@ -130,10 +139,11 @@ def _with_options(command: Callable[..., None]) -> Callable[..., None]:
 
 KeyArgument = Annotated[str, typer.Argument(help=_KEY_ID_HELP, metavar="KEY")]
 AlgorithmOption = Annotated[
-    str | None, typer.Option(help="AES_GCM, AES_CBC, AES_ECB or SM4_GCM; default: the key's.")
+    str | None,
+    typer.Option(help="AES_GCM; XKI: or AES_CBC, AES_ECB, SM4_GCM; default: the key's."),
 ]
-IvOption = Annotated[str | None, typer.Option(help="The IV.", metavar="BASE64")]
-PaddingOption = Annotated[str | None, typer.Option(help="PKCS7_PADDING or NO_PADDING.")]
+IvOption = Annotated[str | None, typer.Option(help="XKI: the IV.", metavar="BASE64")]
+PaddingOption = Annotated[str | None, typer.Option(help="XKI: PKCS7_PADDING or NO_PADDING.")]
 AadOption = Annotated[
     str | None, typer.Option(help="Additional authenticated data (GCM).", metavar="TEXT")
 ]
@@ -174,6 +184,9 @@ def encrypt_command(
     algorithm: AlgorithmOption = None,
     iv: IvOption = None,
     padding: PaddingOption = None,
+    integrity: Annotated[
+        bool, typer.Option("--integrity", help="XKS: ask for an integrity value and verify it.")
+    ] = False,
 ) -> None:
     """Encrypt a text or a file.
 
@@ -181,9 +194,15 @@ def encrypt_command(
     """
     if (plaintext is None) == (file is None):
         raise typer.BadParameter("give one of --plaintext and --file")
-    data = plaintext.encode() if plaintext is not None else _read(file or Path("-"))
-    fields = encrypt_fields(data, algorithm=algorithm, iv=iv, aad=_utf8(aad), padding=padding)
-    _call("encrypt", fields, options, key)
+    arguments = {
+        "plaintext": plaintext.encode() if plaintext is not None else _read(file or Path("-")),
+        "algorithm": algorithm,
+        "iv": iv,
+        "aad": _utf8(aad),
+        "padding": padding,
+        "integrity": integrity or None,
+    }
+    _call("encrypt", arguments, options, key)
 
 
 @app.command("decrypt")
@@ -192,7 +211,7 @@ def decrypt_command(
     options: Options,
     key: KeyArgument,
     ciphertext: Annotated[
-        str | None, typer.Option(help="The CiphertextBlob.", metavar="BASE64")
+        str | None, typer.Option(help="XKI: the CiphertextBlob.", metavar="BASE64")
     ] = None,
     file: Annotated[
         Path,
@@ -207,18 +226,14 @@ def decrypt_command(
 
     Example: xkiproxy call encrypt demo-key --plaintext hi --json | xkiproxy call decrypt demo-key
     """
-    if ciphertext is not None:
-        given: Mapping[str, Any] = {"CiphertextBlob": ciphertext}
-    else:
-        given = _encrypted(_read(file))
-    fields = decrypt_fields(
-        given["CiphertextBlob"],
-        algorithm=algorithm or given.get("Algorithm"),
-        iv=iv or given.get("Iv"),
-        aad=_utf8(aad),
-        padding=padding or given.get("PaddingMode"),
-    )
-    _call("decrypt", fields, options, key)
+    arguments = {
+        "ciphertext": ciphertext,
+        "algorithm": algorithm,
+        "iv": iv,
+        "aad": _utf8(aad),
+        "padding": padding,
+    }
+    _call("decrypt", arguments, options, key, file if ciphertext is None else None)
 
 
 @app.command("random")
@@ -241,60 +256,132 @@ def random_command(
 
     Example: xkiproxy call random --length 16
     """
-    der = None if public_key is None else _public_key(public_key)
-    fields = random_fields(length, output_form, der, wrapping_key_spec, wrapping_algorithm)
-    _call("random", fields, options)
+    arguments = {
+        "length": length,
+        "output_form": output_form,
+        "public_key": None if public_key is None else _public_key(public_key),
+        "wrapping_key_spec": wrapping_key_spec,
+        "wrapping_algorithm": wrapping_algorithm,
+    }
+    _call("random", arguments, options)
 
 
-def _call(call: str, fields: Mapping[str, Any], options: Options, key: str = "") -> None:
+def _call(
+    call: str, arguments: Arguments, options: Options, key: str = "", encrypted: Path | None = None
+) -> None:
+    """Make a call; `encrypted` is a file with the answer to encrypt that is to be decrypted."""
     target = _target(options)
+    fields = _fields(target.dialect, call, arguments, encrypted)
     if not key.isascii() or not key.isprintable() or set(key) & set("/?# "):
         raise typer.BadParameter("a key ID is 1 to 128 of A-Z a-z 0-9 . _ -", param_hint="KEY")
-    request = build_request(
-        call,
-        call_path(target.path, call, key),
-        fields,
-        target.signer,
-        host=target.endpoint.authority,
-        now=time.time(),
-        nonce=secrets.token_hex(16),
-        kms_request_id=f"req-{uuid.uuid4()}",
-    )
+    kms_request_id = f"req-{uuid.uuid4()}"
+    request = _request(target, call, key, fields, kms_request_id)
+    response = _send(target, request, options.timeout)
     try:
-        response = http.post(
-            target.endpoint,
-            target.trust,
-            request.path,
-            request.headers,
-            request.body,
-            options.timeout,
-        )
-    except http.RequestError as error:
-        raise CommandError(explain_failure(error, target.endpoint, target.trust)) from None
-    try:
-        answer = read_answer(response.status, response.body)
+        answer = target.dialect.read_answer(response.status, response.body)
     except ValueError as error:
         raise CommandError(
             f"{target.endpoint}{request.path}: HTTP {response.status}, but {error}: is this an"
             " xkiproxy? Look at the port, and at what stands between"
         ) from None
-    _report(answer, response, options.as_json)
+    _verify(target.dialect, fields, answer)
+    readable = _as_text(answer, target.dialect.plaintext_field)
+    _report(answer, response, options.as_json, kms_request_id, readable)
     if answer.status != 200:
-        raise CommandError(explain_answer(answer, response.headers["Date"]))
+        date_errors = target.dialect.date_errors
+        raise CommandError(explain_answer(answer, response.headers["Date"], date_errors))
+
+
+def _fields(
+    dialect: ClientDialect, call: str, arguments: Arguments, encrypted: Path | None
+) -> Fields:
+    """The parameters of a call on the wire; what an option says goes before what a file says."""
+    if call not in dialect.calls:
+        raise CommandError(
+            f"the protocol {dialect.name} has no {call}; it has: {', '.join(dialect.calls)}"
+        )
+    try:
+        fields = dialect.fields(call, arguments)
+    except ArgumentError as error:
+        option = "--" + error.argument.replace("_", "-")
+        raise typer.BadParameter(f"{dialect.name}: {error.why}", param_hint=option) from None
+    return fields if encrypted is None else {**_stored(dialect, _read(encrypted)), **fields}
+
+
+def _stored(dialect: ClientDialect, text: bytes) -> Fields:
+    """The parameters of decrypt, in what `call encrypt --json` printed."""
+    document = parse_object(text)
+    if document is None:
+        raise CommandError("the input is not what `call encrypt --json` prints")
+    try:
+        return dialect.stored_fields(document)
+    except ValueError as error:
+        raise CommandError(f"the input {error}") from None
+
+
+def _request(target: Target, call: str, key: str, fields: Fields, kms_request_id: str) -> Request:
+    try:
+        return target.dialect.build_request(
+            call,
+            call_path(target.path, target.dialect.calls[call].part, key),
+            fields,
+            target.signer,
+            host=target.endpoint.authority,
+            now=time.time(),
+            nonce=secrets.token_hex(16),
+            kms_request_id=kms_request_id,
+        )
+    except Refusal:
+        raise typer.BadParameter(
+            f"{target.dialect.name}: no signature can name this access key ID or this region",
+            param_hint="--access-key-id, --region",
+        ) from None
+
+
+def _send(target: Target, request: Request, timeout: float) -> http.Response:
+    try:
+        return http.post(
+            target.endpoint, target.trust, request.path, request.headers, request.body, timeout
+        )
+    except http.RequestError as error:
+        raise CommandError(explain_failure(error, target.endpoint, target.trust)) from None
+
+
+def _verify(dialect: ClientDialect, sent: Fields, answer: Answer) -> None:
+    if answer.status != 200:
+        return
+    try:
+        dialect.verify_answer(sent, answer)
+    except ValueError as error:
+        # Nothing of such an answer is printed: nobody shall store it.
+        raise CommandError(f"the answer was corrupted on its way or is wrong: {error}") from None
 
 
 def _target(options: Options) -> Target:
-    if options.signature not in _ALGORITHMS:
-        raise typer.BadParameter("is sha256 or sm3", param_hint="--signature")
     if options.ca is not None and options.fingerprint:
         raise typer.BadParameter("give one of --ca and --fingerprint")
     config = None if _stands_alone(options) else load_config(options.config)
+    dialect = CLIENTS[_protocol(options, config)]
     return Target(
+        dialect,
         _endpoint(options, config),
         _trust(options, config),
-        _path(options, config),
-        _signer(options, config),
+        _path(options, config, dialect),
+        _signer(options, config, dialect),
     )
+
+
+def _protocol(options: Options, config: Config | None) -> str:
+    if options.protocol:
+        check_protocol(options.protocol)
+    if config is None:
+        return options.protocol or DEFAULT_PROTOCOL
+    store = pick_keystore(config, options.keystore)
+    if options.protocol not in {"", store.protocol}:
+        raise typer.BadParameter(
+            f"key store {store.name} speaks {store.protocol}", param_hint="--protocol"
+        )
+    return store.protocol
 
 
 def _stands_alone(options: Options) -> bool:
@@ -309,9 +396,7 @@ def _endpoint(options: Options, config: Config | None) -> http.Endpoint:
             return http.parse_endpoint(options.endpoint)
         except ValueError as error:
             raise typer.BadParameter(str(error), param_hint="--endpoint") from None
-    host, port = split_address(config.server.listen)
-    everywhere = host in {"0.0.0.0", "::"}  # noqa: S104 - read, not bound
-    return http.Endpoint("localhost" if everywhere else host, port, config.server.tls is not None)
+    return http.listening_endpoint(config)
 
 
 def _trust(options: Options, config: Config | None) -> http.Trust:
@@ -332,26 +417,29 @@ def _trust(options: Options, config: Config | None) -> http.Trust:
     return http.Trust(client_certificate=mine)
 
 
-def _path(options: Options, config: Config | None) -> str:
+def _path(options: Options, config: Config | None, dialect: ClientDialect) -> str:
     if options.path:
         if not options.path.startswith("/"):
             raise typer.BadParameter("begins with /", param_hint="--path")
         return options.path
     if config is None:
-        return XkiProtocol.base_path
+        return dialect.base_path
     return external_proxy_path(pick_keystore(config, options.keystore))
 
 
-def _signer(options: Options, config: Config | None) -> Signer:
-    algorithm = _ALGORITHMS[options.signature]
+def _signer(options: Options, config: Config | None, dialect: ClientDialect) -> Signer:
+    if options.signature not in dialect.hashes:
+        known = " or ".join(dialect.hashes)
+        raise typer.BadParameter(f"{dialect.name} has {known}", param_hint="--signature")
+    region = options.region or dialect.default_region
     given = _given_secret(options)
     if given is not None:
         if not options.access_key_id:
             raise typer.BadParameter("a secret needs its --access-key-id")
-        return Signer(options.access_key_id, given, options.region, algorithm)
+        return Signer(options.access_key_id, given, region, options.signature)
     assert config is not None  # noqa: S101 - without a secret `_stands_alone` is false
     credential = pick_credential(pick_keystore(config, options.keystore), options.access_key_id)
-    return Signer(credential.access_key_id, credential.access_key_secret, options.region, algorithm)
+    return Signer(credential.access_key_id, credential.access_key_secret, region, options.signature)
 
 
 def _given_secret(options: Options) -> str | None:
@@ -371,17 +459,6 @@ def _read(file: Path) -> bytes:
         raise CommandError(f"{file}: {error.strerror}") from None
 
 
-def _encrypted(text: bytes) -> Mapping[str, Any]:
-    """The fields of an answer to encrypt, in what `call encrypt --json` printed."""
-    try:
-        document = orjson.loads(text)
-    except orjson.JSONDecodeError:
-        raise CommandError("the input is not what `call encrypt --json` prints") from None
-    if not isinstance(document, dict) or not isinstance(document.get("CiphertextBlob"), str):
-        raise CommandError("the input has no CiphertextBlob")
-    return document
-
-
 def _public_key(file: Path) -> bytes:
     """The DER of a public key; a file that is not PEM is taken for DER as it is."""
     data = _read(file)
@@ -399,22 +476,30 @@ def _utf8(text: str | None) -> bytes | None:
     return None if text is None else text.encode()
 
 
-def _report(answer: Answer, response: http.Response, as_json: bool) -> None:
+def _report(
+    answer: Answer,
+    response: http.Response,
+    as_json: bool,
+    kms_request_id: str,
+    readable: Mapping[str, object],
+) -> None:
     timings = {name: round(value, 3) for name, value in asdict(response.timings).items()}
+    request_id = {"RequestId": answer.request_id} if answer.request_id else {}
     if as_json:
-        # The answer as it came; what we add is lower case, which no name of XKI is.
+        # The answer as it came; what we add is in snake case, which no name of a protocol is.
         print_json(
             {
-                "RequestId": answer.request_id,
+                **request_id,
                 **answer.fields,
+                "kms_request_id": kms_request_id,
                 "status": answer.status,
                 "timings_ms": timings,
                 "tls": _tls(response),
             }
         )
         return
-    shown: dict[str, object] = {"HTTP status": answer.status, "RequestId": answer.request_id}
-    print_fields(shown | dict(answer.fields) | _as_text(answer))
+    shown: dict[str, object] = {"HTTP status": answer.status, "KMS request ID": kms_request_id}
+    print_fields({**shown, **request_id, **answer.fields, **readable})
     out.print()
     if response.tls_version:
         print_fields({"TLS": f"{response.tls_version} {response.cipher}"})
@@ -431,10 +516,10 @@ def _tls(response: http.Response) -> dict[str, str] | None:
     }
 
 
-def _as_text(answer: Answer) -> dict[str, object]:
+def _as_text(answer: Answer, name: str) -> dict[str, object]:
     """A decrypted text in readable form, if it is one: the terminal gets nothing else to obey."""
     try:
-        text = base64.b64decode(answer.fields["Plaintext"], validate=True).decode()
+        text = base64.b64decode(answer.fields[name], validate=True).decode()
     except (KeyError, TypeError, ValueError):
         return {}
     return {"(as text)": text} if text.isprintable() else {}

@@ -30,9 +30,8 @@ from xkiproxy.cli.common import (
 )
 from xkiproxy.cli.credentials import KeystoreOption, pick_keystore
 from xkiproxy.cli.fingerprint import fingerprints, load_certificates
-from xkiproxy.cli.http import Endpoint, parse_endpoint
+from xkiproxy.cli.http import Endpoint, listening_endpoint, parse_endpoint
 from xkiproxy.config import load_config
-from xkiproxy.config.models import split_address
 from xkiproxy.config.secrets import SecretSource
 from xkiproxy.conformance import report
 from xkiproxy.conformance.case import Case, CaseResult, Outcome
@@ -162,11 +161,8 @@ class _Store:
 def _configured(file: Path, keystore: str) -> _Store:
     settings = load_config(file)
     store = pick_keystore(settings, keystore)
-    host, port = split_address(settings.server.listen)
-    everywhere = host in {"0.0.0.0", "::"}  # noqa: S104 - read, not bound
     tls = settings.server.tls
-    endpoint = Endpoint("localhost" if everywhere else host, port, tls is not None)
-    url = f"{endpoint}{store.path_prefix}{_WIRES[store.protocol].base}"
+    url = f"{listening_endpoint(settings)}{store.path_prefix}{_WIRES[store.protocol].base}"
     pin = ""
     if tls is not None:
         pin = fingerprints(load_certificates(tls.certificate)[0])["certificate_sha256"]

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
-import string
-from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -25,6 +22,7 @@ from xkiproxy.config import Config, load_config
 from xkiproxy.config.models import KeystoreSettings
 from xkiproxy.keystores.credentials import Credential, load_credentials
 from xkiproxy.keystores.credentials_file import changing_credentials
+from xkiproxy.protocols.registry import CONSOLES
 
 KeystoreOption = Annotated[
     str, typer.Option("--keystore", help="The key store; default: the only one.", metavar="NAME")
@@ -36,24 +34,17 @@ app = typer.Typer(
     help="Add, list and revoke the credentials of a key store. Example: xkiproxy credentials list",
 )
 
-_ID_ALPHABET = string.ascii_uppercase + "234567"
-_ID_LENGTH = 21
-_SECRET_BYTES = 32
-
-
-def _new_xki_credential() -> Credential:
-    """An ID of "XKI" and 105 random bits, and a secret of 256 random bits (43 characters)."""
-    identity = "XKI" + "".join(secrets.choice(_ID_ALPHABET) for _ in range(_ID_LENGTH))
-    created = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    return Credential(identity, secrets.token_urlsafe(_SECRET_BYTES), created)
-
-
-_NEW_CREDENTIAL: Mapping[str, Callable[[], Credential]] = {"xki": _new_xki_credential}
-
 
 def new_credential(protocol: str) -> Credential:
     """A new credential of the form that a protocol demands, from the system's generator."""
-    return _NEW_CREDENTIAL[protocol]()
+    created = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return Credential(*CONSOLES[protocol].new_credential(), created)
+
+
+def check_protocol(name: str) -> None:
+    """Raise BadParameter for `--protocol` if there is no protocol of this name."""
+    if name not in CONSOLES:
+        raise typer.BadParameter(f"known are: {', '.join(CONSOLES)}", param_hint="--protocol")
 
 
 def pick_keystore(config: Config, name: str) -> KeystoreSettings:

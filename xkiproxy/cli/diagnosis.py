@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
 
 from xkiproxy.cli import http
-from xkiproxy.protocols.xki.client import Answer
+from xkiproxy.protocols.client import Answer
 
 
 def explain_failure(error: http.RequestError, endpoint: http.Endpoint, trust: http.Trust) -> str:
@@ -43,16 +44,22 @@ def _explain_certificate(error: http.CertificateError, trust: http.Trust) -> str
     if trust.certificate_sha256:
         return (
             f"{text}; expected: sha256-{trust.certificate_sha256}. If the certificate was"
-            " renewed, restart the server and enter the new fingerprint in KMS"
+            " renewed, restart the server, and enter its fingerprint in KMS if KMS pins it"
         )
     return f"{text}. If that is your server's, give --fingerprint {came}; or give --ca FILE"
 
 
-def explain_answer(answer: Answer, date: str | None) -> str:
-    """What to do about an error; `date` is the answer's Date header."""
-    said = f"HTTP {answer.status} {answer.code}: {answer.message}"
-    hint = _skew(date) if answer.code == "InvalidAcsDate" else _HINTS.get(answer.status, "")
-    return f"{said}\n{hint}" if hint else said
+def explain_answer(answer: Answer, date: str | None, date_errors: Mapping[str, float]) -> str:
+    """What to do about an error.
+
+    `date` is the answer's Date header; `date_errors` are the protocol's (see ClientDialect).
+    """
+    lines = [f"HTTP {answer.status} {answer.code}: {answer.message}"]
+    if answer.status in _HINTS:
+        lines.append(_HINTS[answer.status])
+    if answer.code in date_errors:
+        lines.append(_skew(date, date_errors[answer.code]))
+    return "\n".join(lines)
 
 
 _HINTS = {
@@ -64,17 +71,19 @@ _HINTS = {
     404: "Look at the external proxy path (xkiproxy kms-config) and the key (xkiproxy keys list).",
     413: "The request is over the server's max_body_bytes.",
     429: "The proxy is over a quota or its queue is full: wait and repeat.",
-    500: "A fault of the proxy: look in its log for the RequestId.",
+    500: "A fault of the proxy: look in its log for the request ID.",
     503: "The key manager is away: look at the proxy's /readyz and log.",
     504: "The key manager is slow: look at deadline_ms and at the proxy's metrics.",
 }
 
 
-def _skew(date: str | None) -> str:
+def _skew(date: str | None, at_least: float) -> str:
     try:
         theirs = parsedate_to_datetime(date or "").timestamp()
     except (TypeError, ValueError):
         return "Compare the clocks: the server did not say its time."
     off = time.time() - theirs
+    if abs(off) < at_least:
+        return f"The clock is not to blame: it is {abs(off):.0f} s off the server's."
     direction = "ahead of" if off > 0 else "behind"
     return f"The clock here is {abs(off):.0f} s {direction} the server's: look at NTP on both."

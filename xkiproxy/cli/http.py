@@ -19,6 +19,9 @@ from email.message import Message
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from xkiproxy.config import Config
+from xkiproxy.config.models import split_address
+
 _MAX_ANSWER_SIZE = 1 << 20
 
 
@@ -120,6 +123,13 @@ def parse_endpoint(text: str) -> Endpoint:
             raise ValueError("http is for loopback addresses only: plaintexts would travel openly")
         return Endpoint(parts.hostname, parts.port or 80, tls=False)
     return Endpoint(parts.hostname, parts.port or 443)
+
+
+def listening_endpoint(config: Config) -> Endpoint:
+    """Where a configuration's server is reached from its own machine."""
+    host, port = split_address(config.server.listen)
+    everywhere = host in {"0.0.0.0", "::"}  # noqa: S104 - read, not bound
+    return Endpoint("localhost" if everywhere else host, port, config.server.tls is not None)
 
 
 def post(

@@ -24,7 +24,7 @@ import typer
 
 from xkiproxy.cli.certificate import CertificateKey, host_names, self_signed
 from xkiproxy.cli.common import CommandError, JsonOption, out, print_fields, print_json
-from xkiproxy.cli.credentials import new_credential
+from xkiproxy.cli.credentials import check_protocol, new_credential
 from xkiproxy.cli.kms_config import program
 from xkiproxy.config import Config, ConfigError, load_config
 from xkiproxy.config.secrets import SecretSource, write_secret_file
@@ -34,6 +34,7 @@ from xkiproxy.keystores.credentials_file import format_credentials
 from xkiproxy.keystores.sqlite_catalog import SqliteCatalog
 from xkiproxy.kmi.registry import open_key_manager
 from xkiproxy.kmi.software import create_keyring, new_master_key
+from xkiproxy.protocols.registry import CONSOLES, DEFAULT_PROTOCOL
 
 _DEFAULT_NAME = "xkiproxy.toml"
 _KEYSTORE = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")  # it becomes a part of a path
@@ -56,6 +57,7 @@ class Plan:
     hosts: list[str]
     certificate_key: CertificateKey
     keystore: str
+    protocol: str
     key_id: str
     kmi: str
     hsm: HsmPlan | None = None
@@ -85,6 +87,9 @@ def init(
         CertificateKey, typer.Option(help="The kind of the server's private key.")
     ] = CertificateKey.EC,
     keystore: Annotated[str, typer.Option(help="The name of the key store.")] = "demo",
+    protocol: Annotated[
+        str, typer.Option(help=f"What the key store speaks: {' or '.join(CONSOLES)}.")
+    ] = DEFAULT_PROTOCOL,
     key: Annotated[str, typer.Option(help="The ID of the first key.")] = "demo-key",
     kmi: Annotated[str, typer.Option(help="The kind: software or pkcs11.")] = "software",
     module: Annotated[
@@ -112,6 +117,7 @@ def init(
         raise typer.BadParameter("its name must end in .toml", param_hint="--config")
     if _KEYSTORE.fullmatch(keystore) is None:
         raise typer.BadParameter("1 to 63 of a-z 0-9 _ -", param_hint="--keystore")
+    check_protocol(protocol)
     if kmi not in _KMIS:
         raise typer.BadParameter(f"known are: {', '.join(_KMIS)}", param_hint="--kmi")
     try:
@@ -119,7 +125,7 @@ def init(
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--host") from None
     hsm = _hsm_plan(kmi, module, token, pin_file)
-    make(target, Plan(name, hosts, certificate_key, keystore, key, kmi, hsm))
+    make(target, Plan(name, hosts, certificate_key, keystore, protocol, key, kmi, hsm))
     _report(target, name, as_json)
 
 
@@ -241,7 +247,7 @@ def _build(staging: Path, plan: Plan) -> None:
     certificate, private_key = self_signed(plan.hosts, plan.certificate_key, datetime.now(UTC))
     (staging / "tls" / "server.crt").write_text(certificate, encoding="ascii")
     write_secret_file(staging / "tls" / "server.key", private_key)
-    credentials = format_credentials([new_credential("xki")])
+    credentials = format_credentials([new_credential(plan.protocol)])
     write_secret_file(staging / "credentials" / f"{plan.keystore}.toml", credentials)
     kmi_section = _KMIS[plan.kmi](staging, plan)
     file = staging / plan.config_name
@@ -309,6 +315,13 @@ _KMIS: Mapping[str, Callable[[Path, Plan], str]] = {"software": _software, "pkcs
 """For each kind of KMI what makes its files in a directory, and returns its section, `local`."""
 
 
+_CERTIFICATE = {
+    True: "the cloud pins it: xkiproxy fingerprint",
+    False: "for tests; the cloud wants one of a public authority",
+}
+"""What to know of the certificate, by whether the cloud pins it."""
+
+
 def _toml(value: str) -> str:
     """A value that a user chose, quoted rightly whatever is in it."""
     return tomli_w.dumps({"x": value}).removeprefix("x = ").strip()
@@ -317,6 +330,7 @@ def _toml(value: str) -> str:
 def _config_text(plan: Plan, kmi_section: str) -> str:
     values = (plan.keystore, f"/{plan.keystore}", f"credentials/{plan.keystore}.toml")
     name, prefix, file = map(_toml, values)
+    certificate = _CERTIFICATE[CONSOLES[plan.protocol].pins_certificate]
     return f"""\
 # xkiproxy: what stands between a cloud's key management service and keys that stay at home.
 # Paths are relative to this file. Secrets never stand in it. Check it with: xkiproxy check
@@ -327,13 +341,13 @@ admin_listen = "127.0.0.1:9464"      # /metrics /livez /readyz /status
 workers = 1                          # processes that share the port
 
 [server.tls]
-certificate = "tls/server.crt"       # the cloud pins it: xkiproxy fingerprint
+certificate = "tls/server.crt"       # {certificate}
 private_key = "tls/server.key"
 
 {kmi_section}
 [[keystore]]
 name = {name}
-protocol = "xki"
+protocol = {_toml(plan.protocol)}
 path_prefix = {prefix}
 kmi = ["local"]                      # in order of preference
 credentials = {file}

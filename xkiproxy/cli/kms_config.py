@@ -1,4 +1,4 @@
-"""`xkiproxy kms-config`: the four values with which a cloud finds and trusts a key store."""
+"""`xkiproxy kms-config`: the values with which a cloud finds and trusts a key store."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import os
 import shlex
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import orjson
 import typer
@@ -28,7 +29,8 @@ from xkiproxy.config.models import KeystoreSettings
 from xkiproxy.config.secrets import write_secret_file
 from xkiproxy.keystores.credentials import Credential, load_credentials
 from xkiproxy.keystores.credentials_file import newest
-from xkiproxy.protocols.xki import XkiProtocol
+from xkiproxy.protocols.console import Console, Registration
+from xkiproxy.protocols.registry import CLIENTS, CONSOLES
 
 AccessKeyOption = Annotated[
     str,
@@ -53,10 +55,14 @@ def kms_config(
     settings = load_config(config)
     store = pick_keystore(settings, keystore)
     credential = pick_credential(store, access_key_id)
-    certificate = load_certificates(configured_certificate(settings))[0]
-    fingerprint = fingerprints(certificate)["certificate_sha256"]
-    path = external_proxy_path(store)
-    upload = _upload(path, fingerprint, credential)
+    console = CONSOLES[store.protocol]
+    values = Registration(
+        external_proxy_path(store),
+        credential.access_key_id,
+        credential.access_key_secret,
+        _fingerprint(settings, console),
+    )
+    upload = console.upload(values)
     if output is not None:
         _write(output, upload)
         if not as_json:
@@ -64,22 +70,20 @@ def kms_config(
     elif as_json:
         print_json(upload)
     else:
-        print_fields(
-            {
-                "External Proxy Path": path,
-                "Certificate Fingerprint": fingerprint,
-                "AccessKey ID": credential.access_key_id,
-                "AccessKey Secret": credential.access_key_secret,
-            }
-        )
+        print_fields(console.shown(values))
     if not as_json:
+        if not console.pins_certificate:
+            out.print(
+                "\nThis cloud takes no fingerprint: the server's certificate must be one of a"
+                " public certificate authority."
+            )
         out.print("\nWhile the server runs, try it from another terminal:")
         out.print(f"  {call_line(settings, store, config)}", markup=False)
 
 
 def external_proxy_path(store: KeystoreSettings) -> str:
     """The path under which a key store's calls stand, such as `/demo/kms/xki/v1`."""
-    return store.path_prefix + XkiProtocol.base_path
+    return store.path_prefix + CLIENTS[store.protocol].base_path
 
 
 def pick_credential(store: KeystoreSettings, access_key_id: str) -> Credential:
@@ -114,18 +118,14 @@ def program() -> list[str]:
     return ["xkiproxy" if same or not started.exists() else os.path.abspath(started)]  # noqa: PTH100
 
 
-def _upload(path: str, fingerprint: str, credential: Credential) -> dict[str, str]:
-    # Alibaba Cloud publishes no form of the file that its console takes: these names are a decision
-    # of this project, after those of the console's fields.
-    return {
-        "ExternalProxyPath": path,
-        "CertificateFingerprint": fingerprint,
-        "AccessKeyId": credential.access_key_id,
-        "AccessKeySecret": credential.access_key_secret,
-    }
+def _fingerprint(settings: Config, console: Console) -> str:
+    if not console.pins_certificate:
+        return ""  # and there may be no certificate here: what stands in front can end TLS
+    certificate = load_certificates(configured_certificate(settings))[0]
+    return fingerprints(certificate)["certificate_sha256"]
 
 
-def _write(file: Path, upload: dict[str, str]) -> None:
+def _write(file: Path, upload: Mapping[str, Any]) -> None:
     try:
         write_secret_file(file, orjson.dumps(upload, option=orjson.OPT_INDENT_2).decode() + "\n")
     except FileExistsError:
