@@ -18,6 +18,7 @@ import typer
 import uvloop
 from rich.console import Console
 
+from xkiproxy.cli.call import SECRET_VARIABLE
 from xkiproxy.cli.common import (
     DEFAULT_CONFIG,
     CommandError,
@@ -40,7 +41,6 @@ from xkiproxy.conformance.runner import greet, run, select, wires
 from xkiproxy.conformance.wire import Credential, Unmet, Wire
 from xkiproxy.keystores.credentials import load_credentials
 
-_SECRET_VARIABLE = "XKIPROXY_ACCESS_KEY_SECRET"  # noqa: S105 - a name, not a secret
 _WIRES = {wire.name: wire for wire in wires()}
 _STYLES = {Outcome.PASS: "green", Outcome.FAIL: "bold red", Outcome.SKIP: "yellow"}
 
@@ -75,7 +75,7 @@ def conformance(
     access_key_id: Annotated[str, typer.Option(help="Or a single credential.", metavar="ID")] = "",
     secret_file: Annotated[
         Path | None,
-        typer.Option(help=f"Holds its secret; or set ${_SECRET_VARIABLE}.", metavar="FILE"),
+        typer.Option(help=f"Holds its secret; or set ${SECRET_VARIABLE}.", metavar="FILE"),
     ] = None,
     region: Annotated[str, typer.Option(help="The region that is signed.")] = "",
     ca: Annotated[
@@ -178,9 +178,9 @@ def _credentials(
         raise typer.BadParameter("give --credentials, or --access-key-id and its secret")
     if secret_file is not None:
         return (Credential(access_key_id, SecretSource(file=secret_file).read()),)
-    if _SECRET_VARIABLE not in os.environ:
-        raise typer.BadParameter(f"give --secret-file, or set ${_SECRET_VARIABLE}")
-    return (Credential(access_key_id, SecretSource(env=_SECRET_VARIABLE).read()),)
+    if SECRET_VARIABLE not in os.environ:
+        raise typer.BadParameter(f"give --secret-file, or set ${SECRET_VARIABLE}")
+    return (Credential(access_key_id, SecretSource(env=SECRET_VARIABLE).read()),)
 
 
 def _loaded(source: SecretSource) -> tuple[Credential, ...]:
