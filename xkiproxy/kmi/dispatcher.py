@@ -20,11 +20,10 @@ from collections import deque
 from contextlib import suppress
 from typing import Protocol
 
-from prometheus_client import Counter, Histogram
-
 from xkiproxy.crypto.operations import Fault, Operation, OperationError, Result
 from xkiproxy.kmi.base import BreakReason, InlineLane, KmiState, Lane, LaneError, Launcher
 from xkiproxy.observability.metrics import Metrics
+from xkiproxy.observability.series import Count, Distribution
 
 _log = logging.getLogger(__name__)
 
@@ -83,8 +82,8 @@ class KmiMetrics:
     def __init__(self, metrics: Metrics, kmi: str) -> None:
         self._metrics = metrics
         self._kmi = kmi
-        self._durations: dict[type, Histogram] = {}
-        self._outcomes: dict[tuple[type, str], Counter] = {}
+        self._durations: dict[type, Distribution] = {}
+        self._outcomes: dict[tuple[type, str], Count] = {}
         self.batch_size = metrics.kmi_batch_size.labels(kmi)
         self.queue_depth = metrics.kmi_queue_depth.labels(kmi)
         self._lanes = {state: metrics.kmi_lanes.labels(kmi, state) for state in _LANE_STATES}

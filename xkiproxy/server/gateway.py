@@ -14,12 +14,11 @@ from datetime import UTC, datetime
 from random import getrandbits
 from typing import Any
 
-from prometheus_client import Counter, Histogram
-
 from xkiproxy.crypto.operations import Fault, Health, OperationError
 from xkiproxy.keystores.keystore import KeyStore, Trail
 from xkiproxy.observability.audit import AuditError, AuditLog
 from xkiproxy.observability.metrics import Metrics
+from xkiproxy.observability.series import Count, Distribution
 from xkiproxy.protocols.base import Caller, Protocol, Refusal, Trouble
 from xkiproxy.server.condition import Condition
 from xkiproxy.server.http import Answer, Request
@@ -41,8 +40,8 @@ class Tenant:
         self.base = path_prefix + protocol.base_path
         self.protocol = protocol
         self.store = store
-        self.durations: dict[str, Histogram] = {}
-        self.counters: dict[tuple[str, str], Counter] = {}
+        self.durations: dict[str, Distribution] = {}
+        self.counters: dict[tuple[str, str], Count] = {}
 
 
 class _Exchange:
@@ -91,7 +90,7 @@ class Gateway:
         self._condition = condition
         self._metrics = metrics
         self._count = 0
-        metrics.requests_in_flight.set_function(lambda: self.in_flight)
+        metrics.requests_in_flight.labels().set_function(lambda: self.in_flight)
 
     async def handle(self, request: Request) -> Answer:
         """Answer one request; never raises."""
