@@ -123,19 +123,24 @@ class KeyStore:
 
     def _find(self, key_id: str) -> tuple[Kmi, CatalogEntry]:
         """The first KMI that has the key and is there, else the first that has it."""
-        having = self._having(key_id)
-        if not having:
+        found = self._look_up(key_id)
+        if found is None:
             # It may have been made a moment ago, by the command line.
             self._refresh_catalog()
-            having = self._having(key_id)
-        if not having:
+            found = self._look_up(key_id)
+        if found is None:
             raise OperationError(Fault.KEY_NOT_FOUND, "There is no such key.")
-        present = [pair for pair in having if pair[0].state is not KmiState.DISCONNECTED]
-        return (present or having)[0]
+        return found
 
-    def _having(self, key_id: str) -> list[tuple[Kmi, CatalogEntry]]:
-        found = ((kmi, self._catalog.get(kmi.name, key_id)) for kmi in self.kmis)
-        return [(kmi, entry) for kmi, entry in found if entry is not None]
+    def _look_up(self, key_id: str) -> tuple[Kmi, CatalogEntry] | None:
+        first = None
+        for kmi in self.kmis:
+            entry = self._catalog.get(kmi.name, key_id)
+            if entry is not None:
+                if kmi.state is not KmiState.DISCONNECTED:
+                    return kmi, entry
+                first = first or (kmi, entry)
+        return first
 
     def _refresh_catalog(self) -> None:
         try:
@@ -203,6 +208,8 @@ def _check_state(entry: CatalogEntry) -> None:
 
 
 def _check_usage(operation: Encrypt | Decrypt, entry: CatalogEntry) -> None:
+    if entry.usage is Usage.BOTH:  # members of a Flag are singletons, and its operators are slow
+        return
     wanted = Usage.ENCRYPT if isinstance(operation, Encrypt) else Usage.DECRYPT
     if not wanted & entry.usage:
         what = "encryption" if wanted is Usage.ENCRYPT else "decryption"

@@ -82,24 +82,22 @@ class KmiMetrics:
     def __init__(self, metrics: Metrics, kmi: str) -> None:
         self._metrics = metrics
         self._kmi = kmi
-        self._durations: dict[type, Distribution] = {}
-        self._outcomes: dict[tuple[type, str], Count] = {}
+        self._operations: dict[tuple[type, str], tuple[Distribution, Count]] = {}
         self.batch_size = metrics.kmi_batch_size.labels(kmi)
         self.queue_depth = metrics.kmi_queue_depth.labels(kmi)
         self._lanes = {state: metrics.kmi_lanes.labels(kmi, state) for state in _LANE_STATES}
 
     def finished(self, kind: type, seconds: float, outcome: str) -> None:
         """Count an operation; `outcome` is `ok` or the name of a Fault in lower case."""
-        duration = self._durations.get(kind)
-        if duration is None:
-            duration = self._metrics.kmi_operation_duration.labels(self._kmi, kind.__name__.lower())
-            self._durations[kind] = duration
-        duration.observe(seconds)
-        counter = self._outcomes.get((kind, outcome))
-        if counter is None:
+        children = self._operations.get((kind, outcome))
+        if children is None:
             operation = kind.__name__.lower()
-            counter = self._metrics.kmi_operations.labels(self._kmi, operation, outcome)
-            self._outcomes[kind, outcome] = counter
+            children = self._operations[kind, outcome] = (
+                self._metrics.kmi_operation_duration.labels(self._kmi, operation),
+                self._metrics.kmi_operations.labels(self._kmi, operation, outcome),
+            )
+        duration, counter = children
+        duration.observe(seconds)
         counter.inc()
 
     def set_lanes(self, **counts: int) -> None:
@@ -133,17 +131,18 @@ class InlineKmi:
     async def submit(self, operation: Operation, deadline: float) -> Result:
         """See `Kmi.submit`."""
         began = time.monotonic()
-        if began >= deadline:
-            self._metrics.finished(type(operation), 0.0, "deadline_exceeded")
-            raise _deadline_exceeded()
+        outcome = "internal"
         try:
+            if began >= deadline:
+                raise _deadline_exceeded()
             result = self._lane.execute(operation)
+            outcome = "ok"
+            return result
         except OperationError as error:
             outcome = error.fault.name.lower()
-            self._metrics.finished(type(operation), time.monotonic() - began, outcome)
             raise
-        self._metrics.finished(type(operation), time.monotonic() - began, "ok")
-        return result
+        finally:
+            self._metrics.finished(type(operation), time.monotonic() - began, outcome)
 
     async def check(self) -> None:
         """See `Kmi.check`."""

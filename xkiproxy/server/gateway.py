@@ -52,24 +52,18 @@ class _Exchange:
         "source", "trail",
     )  # fmt: skip
 
-    def __init__(
-        self, call: str, key_segment: str, source: str, began: float, timed: bool = False
-    ) -> None:
-        self.began = began
-        self.marks: list[tuple[str, float]] | None = [] if timed else None
-        self.request_id = new_request_id()
+    def __init__(self, call: str, key_segment: str, request: Request, timed: bool) -> None:
+        self.began = request.began
+        self.source = request.source
         self.call = call
         self.key_segment = key_segment
-        self.source = source
+        self.request_id = new_request_id()
         self.caller = _NOBODY
         self.access_key_id = ""
         self.reason = ""
         self.trail = Trail()
-
-    def mark(self, stage: str) -> None:
-        """Note that a stage ends now, on a request whose stages are timed."""
-        if self.marks is not None:
-            self.marks.append((stage, time.monotonic()))
+        self.marks: list[tuple[str, float]] | None = [] if timed else None
+        """Stages and when they ended, on a request whose stages are timed."""
 
 
 class Gateway:
@@ -97,14 +91,20 @@ class Gateway:
         tenant, call, key_segment = self._route(request.path)
         if tenant is None:
             return self._answer_stranger(request)
+        protocol = tenant.protocol
         self._count += 1
-        timed = self._count % _SAMPLED == 0
-        exchange = _Exchange(call, key_segment, request.source, request.began, timed)
-        outcome = await self._serve(tenant, request, exchange)
-        status, code, body = self._write_audit(tenant, exchange, *outcome)
-        exchange.mark("audit")
+        exchange = _Exchange(call, key_segment, request, self._count % _SAMPLED == 0)
+        try:
+            body = await self._work(tenant, request, exchange)
+            status, code = 200, _SUCCESS
+        except Exception as error:
+            refusal = _refusal(protocol, error, exchange.request_id)
+            exchange.reason = refusal.reason
+            status, code = refusal.status, refusal.code
+            body = protocol.encode_refusal(refusal, exchange.request_id)
+        status, code, body = self._write_audit(tenant, exchange, status, code, body)
         self._observe(tenant, exchange, code)
-        return Answer(status, tenant.protocol.headers(exchange.caller.request_id), body)
+        return Answer(status, protocol.headers(exchange.caller.request_id), body)
 
     def _route(self, path: str) -> tuple[Tenant | None, str, str]:
         """The key store, the call and the key segment that a path names."""
@@ -119,24 +119,6 @@ class Gateway:
             return None, "", ""
         return tenant, call, key_segment
 
-    async def _serve(
-        self, tenant: Tenant, request: Request, exchange: _Exchange
-    ) -> tuple[int, str, bytes]:
-        """(status, code, body): the outcome of a request, whatever happens to it."""
-        protocol = tenant.protocol
-        try:
-            return 200, _SUCCESS, await self._work(tenant, request, exchange)
-        except Refusal as error:
-            refusal = error
-        except OperationError as error:
-            refusal = protocol.refuse(error)
-        except Exception:
-            # The traceback of a fault of ours; messages and `repr`s hold no secrets.
-            _log.exception("request %s failed", exchange.request_id)
-            refusal = protocol.refuse(OperationError(Fault.INTERNAL, "An internal error."))
-        exchange.reason = refusal.reason
-        return refusal.status, refusal.code, protocol.encode_refusal(refusal, exchange.request_id)
-
     async def _work(self, tenant: Tenant, request: Request, exchange: _Exchange) -> bytes:
         """The body of a good answer; raises Refusal or OperationError."""
         protocol, store = tenant.protocol, tenant.store
@@ -144,7 +126,9 @@ class Gateway:
             raise protocol.refuse(request.trouble)
         if self._condition.reasons:
             raise OperationError(Fault.UNAVAILABLE, _CANNOT_SERVE)
-        exchange.mark("read")
+        marks = exchange.marks
+        if marks is not None:
+            marks.append(("read", time.monotonic()))
 
         now = time.time()
         identity = protocol.authenticate(request, store.signing_keys, now)
@@ -153,19 +137,23 @@ class Gateway:
         ):
             raise protocol.refuse(Trouble.REPLAYED)
         exchange.access_key_id = identity.access_key_id
-        exchange.mark("authenticate")
+        if marks is not None:
+            marks.append(("authenticate", time.monotonic()))
 
         exchange.caller, fields = protocol.open(exchange.call, request.body)
         action = protocol.decode(exchange.call, exchange.key_segment, fields)
-        exchange.mark("decode")
+        if marks is not None:
+            marks.append(("decode", time.monotonic()))
 
         if isinstance(action, Health):
             return protocol.encode(action, store.health(), exchange.request_id)
         deadline = exchange.began + store.deadline
         result = await store.perform(action, deadline, exchange.trail)
-        exchange.mark("perform")
+        if marks is not None:
+            marks.append(("perform", time.monotonic()))
         answer = protocol.encode(action, result, exchange.request_id)
-        exchange.mark("encode")
+        if marks is not None:
+            marks.append(("encode", time.monotonic()))
         return answer
 
     def _write_audit(
@@ -213,7 +201,8 @@ class Gateway:
             labels = (tenant.store.name, tenant.protocol.name, call)
             duration = self._metrics.request_duration.labels(*labels)
             tenant.durations[call] = duration
-        duration.observe(time.monotonic() - exchange.began)
+        now = time.monotonic()
+        duration.observe(now - exchange.began)
         counter = tenant.counters.get((call, code))
         if counter is None:
             labels = (tenant.store.name, tenant.protocol.name, call)
@@ -223,6 +212,7 @@ class Gateway:
         if exchange.reason:
             self._metrics.auth_failures.labels(tenant.store.name, exchange.reason).inc()
         if exchange.marks:
+            exchange.marks.append(("audit", now))
             self._observe_stages(exchange.began, exchange.marks)
 
     def _observe_stages(self, start: float, marks: list[tuple[str, float]]) -> None:
@@ -247,6 +237,17 @@ class Gateway:
         self._metrics.requests.labels("", protocol.name, "", refusal.code).inc()
         body = protocol.encode_refusal(refusal, new_request_id())
         return Answer(refusal.status, protocol.headers(""), body)
+
+
+def _refusal(protocol: Protocol, error: Exception, request_id: str) -> Refusal:
+    """What a failure is called in a protocol; what is none of those is a fault of ours."""
+    if isinstance(error, Refusal):
+        return error
+    if isinstance(error, OperationError):
+        return protocol.refuse(error)
+    # The traceback of a fault of ours; messages and `repr`s hold no secrets.
+    _log.error("request %s failed", request_id, exc_info=error)
+    return protocol.refuse(OperationError(Fault.INTERNAL, "An internal error."))
 
 
 def new_request_id() -> str:
