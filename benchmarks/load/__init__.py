@@ -1,8 +1,8 @@
 """A load generator for XKI and XKS: signed requests, checked answers, honest latencies.
 
-    target = Target("127.0.0.1", 8443, ca="server.crt")
-    workload = Workload("xki", "/demo", "demo-key", access_key_id, secret, host="127.0.0.1:8443")
-    result = await run_load(Plan(target, workload, connections=64, seconds=5), processes=2)
+target = Target("127.0.0.1", 8443, ca="server.crt")
+workload = Workload("xki", "/demo", "demo-key", access_key_id, secret, host="127.0.0.1:8443")
+result = await run_load(Plan(target, workload, connections=64, seconds=5), processes=2)
 """
 
 from benchmarks.load.client import Target

@@ -6,7 +6,7 @@ import asyncio
 import ssl
 import time
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 from benchmarks.load.requests import Request
 
@@ -104,8 +104,7 @@ class Connection(asyncio.Protocol):
         self.began = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is one, but not a subclass
 
     def send(self, request: Request, began: int) -> None:
         """Write a request, whose latency counts from `began` (nanoseconds, perf_counter_ns)."""
@@ -137,6 +136,7 @@ class Connection(asyncio.Protocol):
         self._owner.answered(self, request, self.began, now, (status, body))
 
     def connection_lost(self, exc: BaseException | None) -> None:
+        del exc
         self._transport = None
         self._owner.lost(self, self._kind)
 

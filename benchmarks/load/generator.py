@@ -1,7 +1,7 @@
 """The program of one generator process: JSON, a line at a time, on standard input and output.
 
-It reads {"plan", "material", "phase"}, signs and connects, writes {"ready"}, reads {"begin"} (when to
-start), writes {"done", "failed"} as it goes, {"ended"} when the load is over, and {"result"}.
+It reads {"plan", "material", "phase"}, signs and connects, writes {"ready"}, reads {"begin"} (when
+to start), writes {"done", "failed"} as it goes, {"ended"} when the load is over, and {"result"}.
 """
 
 from __future__ import annotations

@@ -115,6 +115,8 @@ class Loop:
         self._running = True
         warm = loop.call_later((window.start - window.begin) / BILLION, self._mark_cpu)
         self._cpu = time.process_time()
+        for _ in range(self._wanted - len(self._connections)):
+            self._reconnect()  # those that were closed while all waited for the start
         self._begin()
         length = (window.stop - window.begin + window.grace) / BILLION
         try:
@@ -353,5 +355,3 @@ class OpenLoop(Loop):
         if self._ticker is not None:
             self._ticker.close()
             self._ticker = None
-
-

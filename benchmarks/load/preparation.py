@@ -41,10 +41,14 @@ class _Caller:
     def answered(
         self, connection: Connection, request: Request, began: int, now: int, answer: Answer
     ) -> None:
+        """See `client.Owner`."""
+        del connection, request, began, now
         if self._answer is not None and not self._answer.done():
             self._answer.set_result(answer)
 
     def lost(self, connection: Connection, kind: str) -> None:
+        """See `client.Owner`."""
+        del connection
         self._connection = None
         if self._answer is not None and not self._answer.done():
             self._answer.set_exception(ConnectionError(kind))

@@ -210,7 +210,7 @@ class Checker:
         ]
 
     def check(self, request: Request, status: int, body: bytes) -> str:
-        """"" for a right answer, `WRONG` for a wrong plaintext, else the kind of error."""
+        """ "" for a right answer, `WRONG` for a wrong plaintext, else the kind of error."""
         try:
             fields = loads(body)
         except JSONDecodeError:
