@@ -6,6 +6,7 @@ with ProxyServer(kmi="pkcs11", lanes=2) as proxy:
 
 from __future__ import annotations
 
+import base64
 import os
 import re
 import socket
@@ -28,7 +29,6 @@ from benchmarks.load.client import Target
 from benchmarks.load.requests import Call, Workload
 from benchmarks.load.results import LoadError
 from xkiproxy.cli.certificate import CertificateKey, self_signed
-from xkiproxy.cli.credentials import new_credential
 from xkiproxy.config.secrets import write_secret_file
 from xkiproxy.keystores.credentials import Credential, parse_credentials
 from xkiproxy.keystores.credentials_file import format_credentials
@@ -307,7 +307,7 @@ class ProxyServer(ChildServer):
             settings["kmi"][0]["lanes"] = self._lanes
         first = settings["keystore"][0]
         file = self.credentials_file("xks")
-        write_secret_file(file, format_credentials([new_credential("xks")]))
+        write_secret_file(file, format_credentials([_xks_credential()]))
         second = {
             "name": "demo-xks",
             "protocol": "xks",
@@ -333,6 +333,13 @@ class ProxyServer(ChildServer):
             except (urllib.error.URLError, OSError):
                 time.sleep(0.05)
         raise LoadError(f"the proxy does not become ready: {self.log.read_text()}")
+
+
+def _xks_credential() -> Credential:
+    """20 of A-Z 2-7, and 44 of Base64: the forms that AWS demands."""
+    access_key_id = base64.b32encode(os.urandom(13)).decode("ascii")[:20]
+    secret = base64.b64encode(os.urandom(33)).decode("ascii")
+    return Credential(access_key_id, secret, "2026-01-01T00:00:00Z")
 
 
 def _free_ports(count: int) -> list[int]:

@@ -29,6 +29,7 @@ BILLION = 1_000_000_000
 CONNECT_SECONDS = 10.0
 
 _RETRY_SECONDS = 0.05
+_AFTER_END_SECONDS = 0.002
 _FINEST_TICK_NS = 20_000
 
 
@@ -118,6 +119,9 @@ class Loop:
         for _ in range(self._wanted - len(self._connections)):
             self._reconnect()  # those that were closed while all waited for the start
         self._begin()
+        # For the case that no answer comes, after which the end would be noticed.
+        over = (window.stop - time.perf_counter_ns()) / BILLION
+        end = loop.call_later(over + _AFTER_END_SECONDS, self._look_for_end)
         length = (window.stop - window.begin + window.grace) / BILLION
         try:
             await asyncio.wait_for(self._finished, length)
@@ -125,6 +129,7 @@ class Loop:
             self._give_up()
         cpu = time.process_time() - self._cpu
         warm.cancel()
+        end.cancel()
         self._running = False
         self._close()
         return self._result(cpu)
@@ -267,9 +272,6 @@ class ClosedLoop(Loop):
     def _begin(self) -> None:
         for connection in list(self._connections):
             self._ready(connection)
-        delay = (self._window.stop - time.perf_counter_ns()) / BILLION
-        # For the case that no answer comes to notice the end by: all connections are down.
-        asyncio.get_running_loop().call_later(delay + 0.01, self._look_for_end)
 
     def _ready(self, connection: Connection) -> None:
         now = time.perf_counter_ns()
