@@ -81,6 +81,12 @@ class ChildServer:
     ) -> None:
         self.stop()
 
+    def workload(
+        self, protocol: ProtocolName = "xki", call: Call = "encrypt", size: int = 32
+    ) -> Workload:
+        """Requests that this server can answer; `size` is that of a plaintext, in bytes."""
+        raise NotImplementedError
+
     def _start(self) -> None:
         raise NotImplementedError
 
@@ -168,8 +174,12 @@ class BareServer(ChildServer):
         super().__init__(tls=tls)
         self._size = size
 
-    def workload(self, protocol: ProtocolName = "xki", call: Call = "encrypt") -> Workload:
+    def workload(
+        self, protocol: ProtocolName = "xki", call: Call = "encrypt", size: int = 32
+    ) -> Workload:
         """One plaintext only, for the answer is always the same; any credential will do."""
+        if size != self._size:
+            raise ValueError("the bare server was started for plaintexts of another size")
         return Workload(
             protocol, "/demo", KEY_ID, "BETWEENABCDEFGHIJKLM", "a-secret-of-the-benchmark",
             f"{_HOST}:{self.port}", call, self._size, plaintexts=1,
