@@ -18,7 +18,7 @@ import uvloop
 from benchmarks.load.requests import Material
 from benchmarks.load.run import Generator, Plan
 
-_REPORT_SECONDS = 0.5
+_REPORT_SECONDS = 0.1
 
 
 def _say(**fields: Any) -> None:

@@ -20,7 +20,7 @@ from benchmarks.load.results import LoadError, LoadResult, merge
 from benchmarks.load.run import Plan
 
 _LINE_SECONDS = 2.0
-_REFRESH_SECONDS = 0.25
+_REFRESH_SECONDS = 0.5
 _LEAD_NS = 100_000_000
 """From the last one's being ready to the start: time for the word to reach all."""
 _MAX_LINE = 1 << 24
@@ -38,10 +38,11 @@ class _Progress:
         self._wanted = wanted
         self._updates = sys.stderr.isatty()
 
-    async def show(self) -> None:
-        """Until cancelled: one line that changes on a terminal, else a line every two seconds."""
+    async def show(self, start: int) -> None:
+        """From `start` (ns) until cancelled: one line that changes, or one every two seconds."""
         if not self._wanted:
             return
+        await _sleep_until(start)
         before, then = 0, time.monotonic()
         try:
             while True:
@@ -145,12 +146,14 @@ async def _run_children(
 ) -> LoadResult:
     await asyncio.gather(*(child.read("ready") for child in children))
     begin = time.perf_counter_ns() + _LEAD_NS
+    start = begin + int(plan.warm_up * BILLION)
     for child in children:
         await child.write({"begin": begin})
-    showing = asyncio.create_task(shown.show())
+    showing = asyncio.create_task(shown.show(start))
     try:
         ended = asyncio.gather(*(child.read("ended") for child in children))
-        before = await _probe_at(begin + int(plan.warm_up * BILLION), probe)
+        await _sleep_until(start)
+        before = probe() if probe is not None else {}
         await ended
         after = probe() if probe is not None else {}
         results = await asyncio.gather(*(child.read("result") for child in children))
@@ -165,8 +168,5 @@ async def _run_children(
     return result
 
 
-async def _probe_at(when: int, probe: Probe | None) -> dict[str, float]:
-    if probe is None:
-        return {}
+async def _sleep_until(when: int) -> None:
     await asyncio.sleep(max(0.0, (when - time.perf_counter_ns()) / BILLION))
-    return probe()
