@@ -6,10 +6,12 @@ import asyncio
 import base64
 import json
 import time
+from array import array
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -163,8 +165,6 @@ def test_what_is_no_answer_is_an_error(data: bytes) -> None:
 
 
 def test_results_go_through_json_and_merge() -> None:
-    from array import array
-
     one = LoadResult(
         ok=3, wrong=1, errors={"500 x": 2}, seconds=2.0, cpu_seconds=0.5, checked=1,
         histogram=histogram_of(array("q", [1_000_000, 2_000_000, 70_000_000_000])),
@@ -216,8 +216,6 @@ class _Faulty(asyncio.Protocol):
 
 @asynccontextmanager
 async def faulty(behave: Behaviour) -> AsyncIterator[Target]:
-    from itertools import count
-
     counter = count()
     loop = asyncio.get_running_loop()
     server = await loop.create_server(lambda: _Faulty(behave, counter), "127.0.0.1", 0)
@@ -256,7 +254,7 @@ async def test_faults_are_counted_and_are_no_success(rate: float | None) -> None
     assert result.errors == {
         "500 InternalServerError": tenth,
         "connection lost": tenth,
-        "no HTTP answer: no head": tenth,
+        "no HTTP answer: no status line": tenth,
     }
     assert result.ok == pytest.approx(result.total * 6 / 10, abs=8)
     assert result.ok == result.histogram.get_total_count()
@@ -266,14 +264,13 @@ async def test_faults_are_counted_and_are_no_success(rate: float | None) -> None
 
 
 async def test_answers_that_do_not_come_are_errors() -> None:
-    async with faulty(
-        lambda number, data: (0.0, None) if number > 20 else plain(number, data)
-    ) as t:
-        closed = await measured(t)
-    async with faulty(
-        lambda number, data: (0.0, None) if number > 20 else plain(number, data)
-    ) as t:
-        opened = await measured(t, rate=200)
+    def falls_silent(number: int, data: bytes) -> tuple[float, bytes | None]:
+        return (0.0, None) if number > 20 else plain(number, data)
+
+    async with faulty(falls_silent) as target:
+        closed = await measured(target)
+    async with faulty(falls_silent) as target:
+        opened = await measured(target, rate=200)
     assert (closed.ok, closed.errors) == (21, {"no answer": 4})
     assert (opened.ok, opened.errors) == (21, {"no answer": 4, "never sent": 35})
 
