@@ -99,6 +99,7 @@ class Loop:
         self._connecting: set[asyncio.Task[None]] = set()
         self._window = Window(0, 0, 0)
         self._running = False
+        self._cpu = 0.0
         self._finished: asyncio.Future[None] | None = None
 
     async def open(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 from orjson import JSONDecodeError, loads
@@ -11,7 +12,6 @@ from benchmarks.load.client import Answer, Connection, Target
 from benchmarks.load.loops import Tally
 from benchmarks.load.requests import RIGHT, Checker, Material, Request, RequestMaker, Workload
 from benchmarks.load.results import LoadError
-from benchmarks.load.wire import ENCRYPT
 
 ANSWER_SECONDS = 10.0
 
@@ -64,7 +64,7 @@ async def prepare(target: Target, workload: Workload) -> Material:
     Raises:
         LoadError: the target does not do that rightly, so a load would measure nothing.
     """
-    maker = RequestMaker(_encrypting(workload))
+    maker = RequestMaker(replace(workload, call="encrypt"))
     checker = Checker(workload, ())
     caller = _Caller(target)
     decrypts: list[dict[str, str]] = []
@@ -75,8 +75,8 @@ async def prepare(target: Target, workload: Workload) -> Material:
             fields = _good_fields(status, body)
             decrypts.append(workload.dialect.decrypt_fields(fields))
             sizes = workload.dialect.sizes(fields)
-            answer = await caller.call(maker.decrypt(decrypts[-1], request.number))
-            verdict = checker.check(maker.decrypt(decrypts[-1], request.number), *answer)
+            back = maker.decrypt(decrypts[-1], request.number)
+            verdict = checker.check(back, *await caller.call(back))
             if verdict != RIGHT:
                 raise LoadError(f"the target decrypts its own ciphertext wrongly: {verdict}")
     except (OSError, KeyError, TypeError, ValueError) as error:
@@ -88,7 +88,7 @@ async def prepare(target: Target, workload: Workload) -> Material:
 
 async def check_samples(target: Target, workload: Workload, tally: Tally) -> dict[str, int]:
     """Decrypt the encrypt answers that a load has kept; how many of each verdict."""
-    maker = RequestMaker(_encrypting(workload))
+    maker = RequestMaker(replace(workload, call="encrypt"))
     checker = Checker(workload, ())
     caller = _Caller(target)
     verdicts: dict[str, int] = {}
@@ -103,11 +103,6 @@ async def check_samples(target: Target, workload: Workload, tally: Tally) -> dic
     finally:
         caller.close()
     return verdicts
-
-
-def _encrypting(workload: Workload) -> Workload:
-    fields = {name: getattr(workload, name) for name in workload.__slots__}
-    return Workload(**{**fields, "call": ENCRYPT})
 
 
 def _good_fields(status: int, body: bytes) -> dict[str, Any]:

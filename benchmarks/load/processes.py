@@ -9,6 +9,7 @@ import sys
 import time
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -71,22 +72,23 @@ class _Child:
         self._progress = progress
 
     @classmethod
-    async def start(cls, index: int, progress: _Progress, task: dict[str, Any]) -> _Child:
+    async def start(cls, index: int, progress: _Progress) -> _Child:
+        """Start it; it waits for its task."""
         path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "benchmarks.load.generator",
             stdin=PIPE, stdout=PIPE, limit=_MAX_LINE, env={**os.environ, "PYTHONPATH": path},
         )  # fmt: skip
-        child = cls(process, index, progress)
-        await child.write(task)
-        return child
+        return cls(process, index, progress)
 
     async def write(self, message: dict[str, Any]) -> None:
         """Send a line."""
         stdin = self._process.stdin
         assert stdin is not None
-        stdin.write(json.dumps(message).encode() + b"\n")
-        await stdin.drain()
+        # If it has ended meanwhile, the next `read` says so.
+        with suppress(ConnectionError):
+            stdin.write(json.dumps(message).encode() + b"\n")
+            await stdin.drain()
 
     async def read(self, name: str) -> Any:
         """Wait for the message of this name; raises LoadError."""
@@ -135,7 +137,8 @@ async def run_load(
                 "material": asdict(material),
                 "phase": index / processes,
             }
-            children.append(await _Child.start(index, shown, task))
+            children.append(await _Child.start(index, shown))
+            await children[-1].write(task)
         return await _run_children(plan, children, shown, probe)
     finally:
         await asyncio.gather(*(child.stop() for child in children))

@@ -37,13 +37,14 @@ def histogram_of(latencies_ns: array[int]) -> HdrHistogram:
 class LoadResult:
     """The counts of the requests that were due in the measured time, and their latencies.
 
-    `ok` answers were right; `wrong` had a wrong plaintext; `errors` are all others, by kind. Only
-    right answers are in `histogram`. `seconds` go from the start to the last answer, or to the end
-    of the load if that is later. `checked` encrypt answers were decrypted afterwards (those whose
-    plaintext did not come back are in `wrong`). `waited` requests of an open loop found no free
-    connection; `signed_late` ones were signed while the load ran; `reconnects` are connections
-    that had to be opened again. `cpu_seconds` is the generator's own time on the CPU,
-    `server_cpu_seconds` that of the server, by process.
+    `ok` answers were right; `wrong` had a wrong plaintext; `errors` are all others, by kind.
+    `histogram` has the latencies of the answers that were right when they came. `seconds` go from
+    the start to the last answer, or to the end of the load if that is later. `checked` encrypt
+    answers were decrypted afterwards: what did not come back has been moved from `ok` to `wrong`
+    or `errors`. `waited` requests of an open loop found no free connection; `signed_late` ones
+    were signed while the load ran; `reconnects` are connections that had to be opened again.
+    `cpu_seconds` is the generator's own time on the CPU, `server_cpu_seconds` that of the server,
+    by process.
     """
 
     ok: int = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from benchmarks.load.client import Target
@@ -51,10 +51,7 @@ class Plan:
             connections = (self.connections + index) // processes
             rate = None if self.rate is None else self.rate / processes
             ahead = self.signed_ahead // processes + 1
-            fields = {name: getattr(self, name) for name in self.__slots__}
-            parts.append(
-                Plan(**{**fields, "connections": connections, "rate": rate, "ahead": ahead})
-            )
+            parts.append(replace(self, connections=connections, rate=rate, ahead=ahead))
         return parts
 
     def to_json(self) -> dict[str, Any]:
