@@ -26,7 +26,7 @@ from xkiproxy.keystores.signing_keys import CachedSigningKeys
 from xkiproxy.keystores.sqlite_catalog import SqliteCatalog
 from xkiproxy.kmi.dispatcher import InlineKmi, KmiMetrics
 from xkiproxy.kmi.software import Keyring, SoftwareLane, create_keyring, new_master_key
-from xkiproxy.observability.audit import AuditLog
+from xkiproxy.observability.audit import AuditLog, encode
 from xkiproxy.observability.metrics import Metrics
 from xkiproxy.protocols.base import SignedRequest
 from xkiproxy.protocols.xki import XkiProtocol, acs4
@@ -107,7 +107,7 @@ async def _measure(folder: Path) -> dict[str, float]:
         "perform": lambda: _drive(store.perform(operation, deadline, Trail())),
         "  of which the lane": lambda: lane.execute(operation),
         "encode": lambda: protocol.encode(operation, result, "id"),
-        "audit": lambda: audit.write(record),
+        "audit": lambda: audit.append(encode(record)),
     }
     costs = {name: _median_us(stage) for name, stage in stages.items()}
     await kmi.close()

@@ -21,10 +21,15 @@ class AuditError(Exception):
     """The audit log cannot be written; the text says why and what to do."""
 
 
+def encode(record: Mapping[str, Any]) -> bytes:
+    """A record as its line."""
+    return orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_UTC_Z)
+
+
 class AuditLog:
     """Appends records to a file.
 
-    Records reach the operating system before `write` returns: they outlive the process, whatever
+    Records reach the operating system before `append` returns: they outlive the process, whatever
     ends it. Flushing them to the disk is left to the operating system.
     """
 
@@ -36,12 +41,15 @@ class AuditLog:
         self.available = True
         self.error = ""
 
-    def write(self, record: Mapping[str, Any]) -> None:
-        """Append one record; raises AuditError, and then the log counts as broken."""
-        line = orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_UTC_Z)
+    def append(self, lines: bytes) -> None:
+        """Append records as `encode` made them, all or none.
+
+        Raises:
+            AuditError: none was written; the log counts as broken.
+        """
         try:
-            written = os.write(self._descriptor, line)
-            if written != len(line):
+            written = os.write(self._descriptor, lines)
+            if written != len(lines):
                 os.ftruncate(self._descriptor, self._size)
                 raise OSError(28, "No space left on device")
         except OSError as error:
@@ -56,7 +64,8 @@ class AuditLog:
             self._reopen()
         if not self.available:
             lost = self.error
-            self.write({"time": datetime.now(UTC), "event": "audit_resumed", "after": lost})
+            event = {"time": datetime.now(UTC), "event": "audit_resumed", "after": lost}
+            self.append(encode(event))
             self.available = True
             self.error = ""
 

@@ -45,6 +45,14 @@ _log = logging.getLogger(__name__)
 _MAX_PIPELINED = 16
 """With more requests waiting on a connection nothing is read from it."""
 
+_TOGETHER = 8
+"""So many answers at most leave together.
+
+A write to the audit log and a write that wakes the client's side cost as much as a third of a
+request. Where requests are waiting already, they are made for several answers at once; where none
+is, nothing is delayed.
+"""
+
 _MAX_LINE_SIZE = 8190
 _NEVER = float("inf")
 
@@ -59,6 +67,21 @@ class State(Enum):
     ENDING = auto()
 
 
+class Departure:
+    """An answer on its way out; `whole`: the client has nothing left to send of its request."""
+
+    __slots__ = ("answer", "close", "connection", "whole", "without_body")
+
+    def __init__(
+        self, connection: Connection, answer: Answer, close: bool, whole: bool, without_body: bool
+    ) -> None:
+        self.connection = connection
+        self.answer = answer
+        self.close = close
+        self.whole = whole
+        self.without_body = without_body
+
+
 class Shared:
     """What the connections of a listener have in common."""
 
@@ -69,6 +92,7 @@ class Shared:
         self.loop = loop
         self.connections: set[Connection] = set()
         self.renderer = Renderer()
+        self._departures: list[Departure] = []
         self.max_body_bytes = settings.max_body_bytes
         self.limits = {
             State.IDLE: settings.idle_timeout_seconds,
@@ -77,6 +101,21 @@ class Shared:
             State.BUSY: _NEVER,
             State.ENDING: LINGER_SECONDS,
         }
+
+    def send(self, departure: Departure) -> None:
+        """Let an answer leave, together with those that are ready at the same time."""
+        self._departures.append(departure)
+        if len(self._departures) == 1:
+            self.loop.call_soon(self.flush)
+        elif len(self._departures) >= _TOGETHER:
+            self.flush()
+
+    def flush(self) -> None:
+        """Commit what came of the requests, then write their answers."""
+        departures, self._departures = self._departures, []
+        self.gateway.commit([departure.answer for departure in departures])
+        for departure in departures:
+            departure.connection.depart(departure)
 
     def expire(self, now: float) -> None:
         """End what is over its time limit; `now` on the loop's clock."""
@@ -258,8 +297,9 @@ class Connection(BaseProtocol):
     def _finish(self, answer: Answer) -> None:
         head, body = self._head, self._body
         self._end_request()
-        if head is None or body is None or self.transport is None:
-            return  # the client has gone
+        if head is None or body is None:  # the client has gone; its record is written all the same
+            self._shared.send(Departure(self, answer, close=True, whole=True, without_body=True))
+            return
         whole = body.is_eof()
         close = (
             head.should_close
@@ -269,9 +309,17 @@ class Connection(BaseProtocol):
             or (self._is_last and not self._broken and not self._queue)
         )
         without_body = head.method == "HEAD"
-        self._write(self._shared.renderer.render(answer, close=close, without_body=without_body))
+        self._shared.send(Departure(self, answer, close, whole, without_body))
+
+    def depart(self, departure: Departure) -> None:
+        """Write an answer that has been committed."""
+        if self.transport is None:
+            return
+        answer, close = departure.answer, departure.close
+        render = self._shared.renderer.render
+        self._write(render(answer, close=close, without_body=departure.without_body))
         if close:
-            self._end(whole)
+            self._end(departure.whole)
             return
         self._become(State.IDLE)
         if self._queue:
@@ -287,8 +335,8 @@ class Connection(BaseProtocol):
 
     def _refuse_unreadable(self) -> None:
         answer = self._shared.gateway.answer_not_http()
-        self._write(self._shared.renderer.render(answer, close=True))
-        self._end(whole=False)
+        self.state = State.BUSY
+        self._shared.send(Departure(self, answer, close=True, whole=False, without_body=False))
 
     def _write(self, data: bytes) -> None:
         cast(asyncio.Transport, self.transport).write(data)

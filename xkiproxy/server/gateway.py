@@ -1,7 +1,8 @@
 """The gateway: one coroutine carries a request from its headers to its answer.
 
 The steps, in order: find the key store by its path; verify the signature; admit the nonce; decode;
-let the key store perform; encode; write the audit record; count; answer. There is no middleware
+let the key store perform; encode. What came of several requests is then committed together: their
+audit records are written in one go, and only then may their answers leave. There is no middleware
 around it and nothing here that a request does not need: this is the hot path.
 """
 
@@ -9,14 +10,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from random import getrandbits
 from typing import Any
 
 from xkiproxy.crypto.operations import Fault, Health, OperationError
 from xkiproxy.keystores.keystore import KeyStore, Trail
-from xkiproxy.observability.audit import AuditError, AuditLog
+from xkiproxy.observability.audit import AuditError, AuditLog, encode
 from xkiproxy.observability.metrics import Metrics
 from xkiproxy.observability.series import Count, Distribution
 from xkiproxy.protocols.base import Caller, Protocol, Refusal, Trouble
@@ -66,6 +67,22 @@ class _Exchange:
         """Stages and when they ended, on a request whose stages are timed."""
 
 
+class Outcome(Answer):
+    """What came of a request to a key store; it may leave once it has been committed."""
+
+    __slots__ = ("code", "exchange", "record", "tenant")
+
+    def __init__(
+        self, tenant: Tenant, exchange: _Exchange, status: int, code: str, body: bytes
+    ) -> None:
+        headers = tenant.protocol.headers(exchange.caller.request_id)
+        super().__init__(status, headers, body)
+        self.tenant = tenant
+        self.exchange = exchange
+        self.code = code
+        self.record = _encode_record(self)
+
+
 class Gateway:
     """Serves the requests of all key stores on a listener."""
 
@@ -102,9 +119,23 @@ class Gateway:
             exchange.reason = refusal.reason
             status, code = refusal.status, refusal.code
             body = protocol.encode_refusal(refusal, exchange.request_id)
-        status, code, body = self._write_audit(tenant, exchange, status, code, body)
-        self._observe(tenant, exchange, code)
-        return Answer(status, protocol.headers(exchange.caller.request_id), body)
+        return Outcome(tenant, exchange, status, code, body)
+
+    def commit(self, answers: Sequence[Answer]) -> None:
+        """Write the audit records of requests; without them their answers become refusals."""
+        outcomes = [answer for answer in answers if isinstance(answer, Outcome)]
+        if not outcomes:
+            return
+        try:
+            self._audit.append(b"".join([outcome.record for outcome in outcomes]))
+        except AuditError as error:
+            self._condition.fail("audit", str(error))
+            for outcome in outcomes:
+                _withdraw(outcome)
+        else:
+            self._metrics.audit_records.inc(len(outcomes))
+        for outcome in outcomes:
+            self._observe(outcome)
 
     def _route(self, path: str) -> tuple[Tenant | None, str, str]:
         """The key store, the call and the key segment that a path names."""
@@ -156,45 +187,8 @@ class Gateway:
             marks.append(("encode", time.monotonic()))
         return answer
 
-    def _write_audit(
-        self, tenant: Tenant, exchange: _Exchange, status: int, code: str, body: bytes
-    ) -> tuple[int, str, bytes]:
-        """The outcome as it may leave: as it is once its record is written, else a 503."""
-        caller, trail = exchange.caller, exchange.trail
-        record: dict[str, Any] = {
-            "time": datetime.now(UTC),
-            "request_id": exchange.request_id,
-            "kms_request_id": caller.request_id,
-            "keystore": tenant.store.name,
-            "operation": exchange.call,
-            "key": trail.key_id or ascii(exchange.key_segment[:_MAX_KEY_SEGMENT])[1:-1],
-            "key_version": trail.version or None,
-            "access_key_id": exchange.access_key_id,
-            "principal": caller.principal,
-            "instance": caller.instance,
-            "kms_operation": caller.operation,
-            "kms_key_arn": caller.key_arn,
-            "source_vpc": caller.source_vpc,
-            "source_ip": caller.source_ip,
-            "source": exchange.source,
-            "kmi": trail.kmi,
-            "status": status,
-            "code": code,
-            "duration_us": int((time.monotonic() - exchange.began) * 1e6),
-        }
-        if exchange.reason:
-            record["reason"] = exchange.reason
-        try:
-            self._audit.write(record)
-        except AuditError as error:
-            self._condition.fail("audit", str(error))
-            refusal = tenant.protocol.refuse(OperationError(Fault.UNAVAILABLE, _CANNOT_SERVE))
-            answer = tenant.protocol.encode_refusal(refusal, exchange.request_id)
-            return refusal.status, refusal.code, answer
-        self._metrics.audit_records.inc()
-        return status, code, body
-
-    def _observe(self, tenant: Tenant, exchange: _Exchange, code: str) -> None:
+    def _observe(self, outcome: Outcome) -> None:
+        tenant, exchange, code = outcome.tenant, outcome.exchange, outcome.code
         call = exchange.call
         duration = tenant.durations.get(call)
         if duration is None:
@@ -237,6 +231,44 @@ class Gateway:
         self._metrics.requests.labels("", protocol.name, "", refusal.code).inc()
         body = protocol.encode_refusal(refusal, new_request_id())
         return Answer(refusal.status, protocol.headers(""), body)
+
+
+def _encode_record(outcome: Outcome) -> bytes:
+    """The audit record of a request; never a plaintext, a ciphertext or a secret."""
+    tenant, exchange = outcome.tenant, outcome.exchange
+    caller, trail = exchange.caller, exchange.trail
+    record: dict[str, Any] = {
+        "time": datetime.now(UTC),
+        "request_id": exchange.request_id,
+        "kms_request_id": caller.request_id,
+        "keystore": tenant.store.name,
+        "operation": exchange.call,
+        "key": trail.key_id or ascii(exchange.key_segment[:_MAX_KEY_SEGMENT])[1:-1],
+        "key_version": trail.version or None,
+        "access_key_id": exchange.access_key_id,
+        "principal": caller.principal,
+        "instance": caller.instance,
+        "kms_operation": caller.operation,
+        "kms_key_arn": caller.key_arn,
+        "source_vpc": caller.source_vpc,
+        "source_ip": caller.source_ip,
+        "source": exchange.source,
+        "kmi": trail.kmi,
+        "status": outcome.status,
+        "code": outcome.code,
+        "duration_us": int((time.monotonic() - exchange.began) * 1e6),
+    }
+    if exchange.reason:
+        record["reason"] = exchange.reason
+    return encode(record)
+
+
+def _withdraw(outcome: Outcome) -> None:
+    """Its record could not be written: nothing of what came of the request may leave."""
+    protocol = outcome.tenant.protocol
+    refusal = protocol.refuse(OperationError(Fault.UNAVAILABLE, _CANNOT_SERVE))
+    outcome.status, outcome.code = refusal.status, refusal.code
+    outcome.body = protocol.encode_refusal(refusal, outcome.exchange.request_id)
 
 
 def _refusal(protocol: Protocol, error: Exception, request_id: str) -> Refusal:
