@@ -51,19 +51,24 @@ def _bodies(size: int) -> dict[str, bytes]:
 
 def _handler(size: int) -> Callable[[BaseRequest], Awaitable[Response]]:
     bodies = _bodies(size)
-    names = {"xki": XkiProtocol().headers, "xks": XksProtocol().headers}
+    fixed = {protocol.name: _headers(protocol) for protocol in (XkiProtocol(), XksProtocol())}
 
     async def handle(request: BaseRequest) -> Response:
         await request.read()
         path = request.raw_path
         protocol = "xks" if "/kms/xks/" in path else "xki"
-        headers = CIMultiDict(names[protocol](_REQUEST_ID))
-        headers["Content-Type"] = "application/json"
-        headers["Server"] = "bare"
         body = bodies[f"{protocol}/{path.rpartition('/')[2]}"]
-        return Response(status=200, body=body, headers=headers)
+        return Response(status=200, body=body, headers=CIMultiDict(fixed[protocol]))
 
     return handle
+
+
+def _headers(protocol: Protocol) -> CIMultiDict[str]:
+    headers = CIMultiDict({"Content-Type": "application/json", "Server": "bare"})
+    for line in protocol.headers(_REQUEST_ID).decode("ascii").splitlines():
+        name, _, value = line.partition(": ")
+        headers[name] = value
+    return headers
 
 
 async def _serve(size: int, tls: TlsSettings | None) -> None:

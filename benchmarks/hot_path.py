@@ -54,7 +54,7 @@ def _request(algorithm: acs4.SignatureAlgorithm) -> SignedRequest:
         "x-acs-version": "2016-01-20",
         "x-acs-date": datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ"),
         "x-acs-signature-nonce": "b5c1a1c0-5c1f-4f8c-9d55-0e1e1d5f1c1a",
-        algorithm.content_header: algorithm.digest(body).hex(),
+        algorithm.content_header: algorithm.hex_digest(body).decode("ascii"),
     }
     headers["Authorization"] = acs4.sign(
         "POST", _PATH, "", headers, body,

@@ -60,7 +60,7 @@ class SignedRequest:
     """The parts of an HTTP request that a signature covers.
 
     `path` and `query` are as they stood in the request line, still percent-encoded. `headers` are
-    as they came: any case, repeated or not.
+    as they came, any case, repeated or not, without white space around their values.
     """
 
     method: str
@@ -145,6 +145,6 @@ class Protocol(Interface):
         """The body of an error."""
         ...
 
-    def headers(self, caller_request_id: str) -> dict[str, str]:
-        """The headers of every answer."""
+    def headers(self, caller_request_id: str) -> bytes:
+        """The lines of the headers of every answer, each ended by CR and LF."""
         ...

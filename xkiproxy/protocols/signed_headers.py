@@ -8,17 +8,17 @@ from operator import itemgetter
 
 
 def fold_headers(headers: Sequence[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
-    """Names in lower case, values trimmed, repeated headers joined by a comma (RFC 9110 5.3)."""
-    folded = {name.lower(): value.strip() for name, value in headers}
+    """Names in lower case, repeated headers joined by a comma (RFC 9110 5.3)."""
+    folded = {name.lower(): value for name, value in headers}
     if len(folded) == len(headers):  # nearly always
         return folded
     folded = {}
     for name, value in headers:
         lower = name.lower()
         if lower in folded:
-            folded[lower] = folded[lower] + b"," + value.strip()
+            folded[lower] = folded[lower] + b"," + value
         else:
-            folded[lower] = value.strip()
+            folded[lower] = value
     return folded
 
 

@@ -30,7 +30,7 @@ from typing import Any, cast
 from aiohttp.base_protocol import BaseProtocol
 from aiohttp.http import HttpRequestParser, HttpVersion11, RawRequestMessage
 from aiohttp.http_exceptions import HttpProcessingError
-from aiohttp.streams import StreamReader
+from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 from aiohttp.web import RequestPayloadError
 
 from xkiproxy.config.models import ServerSettings
@@ -67,21 +67,6 @@ class State(Enum):
     ENDING = auto()
 
 
-class Departure:
-    """An answer on its way out; `whole`: the client has nothing left to send of its request."""
-
-    __slots__ = ("answer", "close", "connection", "whole", "without_body")
-
-    def __init__(
-        self, connection: Connection, answer: Answer, close: bool, whole: bool, without_body: bool
-    ) -> None:
-        self.connection = connection
-        self.answer = answer
-        self.close = close
-        self.whole = whole
-        self.without_body = without_body
-
-
 class Shared:
     """What the connections of a listener have in common."""
 
@@ -92,30 +77,26 @@ class Shared:
         self.loop = loop
         self.connections: set[Connection] = set()
         self.renderer = Renderer()
-        self._departures: list[Departure] = []
         self.max_body_bytes = settings.max_body_bytes
-        self.limits = {
-            State.IDLE: settings.idle_timeout_seconds,
-            State.HEAD: settings.header_timeout_seconds,
-            State.BODY: settings.body_timeout_seconds,
-            State.BUSY: _NEVER,
-            State.ENDING: LINGER_SECONDS,
-        }
+        self.idle_seconds = settings.idle_timeout_seconds
+        self.head_seconds = settings.header_timeout_seconds
+        self.body_seconds = settings.body_timeout_seconds
+        self._departing: list[tuple[Connection, Answer]] = []
 
-    def send(self, departure: Departure) -> None:
+    def depart(self, connection: Connection, answer: Answer) -> None:
         """Let an answer leave, together with those that are ready at the same time."""
-        self._departures.append(departure)
-        if len(self._departures) == 1:
-            self.loop.call_soon(self.flush)
-        elif len(self._departures) >= _TOGETHER:
-            self.flush()
+        self._departing.append((connection, answer))
+        if len(self._departing) == 1:
+            self.loop.call_soon(self._flush)
+        elif len(self._departing) >= _TOGETHER:
+            self._flush()
 
-    def flush(self) -> None:
+    def _flush(self) -> None:
         """Commit what came of the requests, then write their answers."""
-        departures, self._departures = self._departures, []
-        self.gateway.commit([departure.answer for departure in departures])
-        for departure in departures:
-            departure.connection.depart(departure)
+        departing, self._departing = self._departing, []
+        self.gateway.commit([answer for _, answer in departing])
+        for connection, answer in departing:
+            connection.answer(answer)
 
     def expire(self, now: float) -> None:
         """End what is over its time limit; `now` on the loop's clock."""
@@ -148,7 +129,7 @@ class Connection(BaseProtocol):
         self._queue: deque[tuple[RawRequestMessage, StreamReader]] = deque()
         self._request: Request | None = None
         self._head: RawRequestMessage | None = None
-        self._body: StreamReader | None = None
+        self._body: StreamReader = EMPTY_PAYLOAD
         self._source = ""
         self._is_last = False
         """Nothing after what has been read is HTTP."""
@@ -164,34 +145,34 @@ class Connection(BaseProtocol):
         peer = transport.get_extra_info("peername")
         self._source = str(peer[0]) if peer else ""
         self._shared.connections.add(self)
-        self._become(State.IDLE)
+        self.expires = self._loop.time() + self._shared.idle_seconds
 
     def connection_lost(self, exc: BaseException | None) -> None:
         super().connection_lost(exc)
         self._shared.connections.discard(self)
         self._queue.clear()
-        if self._request is not None:
+        if self.state is State.BODY:
             self._shared.gateway.in_flight -= 1
-            self._request = self._body = None
         self.state = State.ENDING
 
     def data_received(self, data: bytes) -> None:
-        if self.state is State.ENDING or self._is_last:
+        state = self.state
+        if state is State.ENDING or self._is_last:
             return
-        assert self._parser is not None  # noqa: S101 - BaseProtocol may have none; this has
         try:
-            messages, upgraded, _ = self._parser.feed_data(data)
+            messages, upgraded, _ = self._parser.feed_data(data)  # type: ignore[union-attr]
         except HttpProcessingError:
             # What the parser refused has no length: nothing after it can be read.
             self._is_last = self._broken = True
         else:
-            self._queue.extend(messages)
-            self._is_last = upgraded
-        if self.state is State.BUSY or self._paused:
-            if len(self._queue) > _MAX_PIPELINED:
-                self._pause_transport_reading()
-            return
-        self._advance()
+            if messages:
+                self._queue.extend(messages)
+            if upgraded:
+                self._is_last = True
+        if state is not State.BUSY and not self._paused:
+            self._advance()
+        elif len(self._queue) > _MAX_PIPELINED:
+            self._pause_transport_reading()
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -211,64 +192,65 @@ class Connection(BaseProtocol):
 
     def _advance(self) -> None:
         """Go on with what has been read: begin a request, its body, or wait for more."""
-        if self.transport is None or self.state in {State.BUSY, State.ENDING} or self._paused:
+        state = self.state
+        if state is State.BUSY or state is State.ENDING or self._paused:
             return
-        if self._request is None:
+        if state is not State.BODY:
             if not self._queue:
                 self._wait()
                 return
             self._begin(*self._queue.popleft())
-        request, body = self._request, self._body
-        if request is None or body is None:
-            return
-        if request.trouble is None and not self._take_body(request, body):
-            if self.state is not State.BODY:
-                self._become(State.BODY)
-            return
-        self._run(request)
+        request = cast(Request, self._request)
+        if not self._body.is_eof() or self._body.exception() is not None:
+            request.trouble = request.trouble or self._trouble_of_body()
+            if request.trouble is None:
+                return
+        elif self._body.total_bytes > self._shared.max_body_bytes:
+            request.trouble = Trouble.TOO_LARGE
+        else:
+            request.body = self._body.read_nowait()
+        self.state = State.BUSY
+        self.expires = _NEVER
+        self._step(self._shared.gateway.handle(request))
 
     def _wait(self) -> None:
         """Nothing whole is there: for how long may the client take?"""
         if self._broken:
-            self._refuse_unreadable()
+            self.state = State.BUSY
+            self._head = None
+            self._shared.depart(self, self._shared.gateway.answer_not_http())
         elif self.state is State.IDLE:
-            self._become(State.HEAD)
+            self.state = State.HEAD
+            self.expires = self._loop.time() + self._shared.head_seconds
 
     def _begin(self, head: RawRequestMessage, body: StreamReader) -> None:
+        """The headers of a request have come."""
         gateway = self._shared.gateway
-        request = Request(head.method, head.path, head.raw_headers, self._source, gateway.clock())
         gateway.in_flight += 1
-        self._request, self._head, self._body = request, head, body
-        request.trouble = self._trouble_of(head)
-        expects = head.headers.get("Expect", "").lower() == "100-continue"
-        if expects and request.trouble is None and not body.is_eof():
+        self._head, self._body = head, body
+        request = Request(head.method, head.path, head.raw_headers, self._source, gateway.clock())
+        self._request = request
+        self.state = State.BODY
+        if head.method != "POST":
+            request.trouble = Trouble.METHOD_NOT_ALLOWED
+        elif not body.is_eof():
+            self._await_body(request, head)
+
+    def _await_body(self, request: Request, head: RawRequestMessage) -> None:
+        """A part of the body is still to come, if it may."""
+        self.expires = self._loop.time() + self._shared.body_seconds
+        if int(head.headers.get("Content-Length", 0)) > self._shared.max_body_bytes:
+            request.trouble = Trouble.TOO_LARGE
+        elif head.headers.get("Expect", "").lower() == "100-continue":
             self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
-    def _trouble_of(self, head: RawRequestMessage) -> Trouble | None:
-        """What is wrong as soon as the headers are there."""
-        if head.method != "POST":
-            return Trouble.METHOD_NOT_ALLOWED
-        length = head.headers.get("Content-Length")
-        if length is not None and int(length) > self._shared.max_body_bytes:
+    def _trouble_of_body(self) -> Trouble | None:
+        """What is wrong with a body that is not whole, if more of it would not help."""
+        if self._body.total_bytes > self._shared.max_body_bytes:
             return Trouble.TOO_LARGE
+        if self._body.exception() is not None or self._broken:
+            return Trouble.NOT_HTTP
         return None
-
-    def _take_body(self, request: Request, body: StreamReader) -> bool:
-        """Whether there is no more to wait for: the body is whole, too large, or broken."""
-        if body.total_bytes > self._shared.max_body_bytes:
-            request.trouble = Trouble.TOO_LARGE
-        elif body.exception() is not None or (self._broken and not body.is_eof()):
-            request.trouble = Trouble.NOT_HTTP
-        elif not body.is_eof():
-            return False
-        else:
-            request.body = body.read_nowait()
-        return True
-
-    def _run(self, request: Request) -> None:
-        self.state = State.BUSY
-        self.expires = _NEVER
-        self._step(self._shared.gateway.handle(request))
 
     def _step(
         self, work: Coroutine[Any, Any, Answer], _: asyncio.Future[Any] | None = None
@@ -281,10 +263,12 @@ class Connection(BaseProtocol):
         try:
             future = work.send(None)
         except StopIteration as done:
-            self._finish(done.value)
+            self._shared.gateway.in_flight -= 1
+            self._request = None
+            self._shared.depart(self, done.value)
         except Exception:
             _log.exception("a request failed outside of the gateway")
-            self._end_request()
+            self._shared.gateway.in_flight -= 1
             self.abort()
         else:
             step = functools.partial(self._step, work)
@@ -294,49 +278,36 @@ class Connection(BaseProtocol):
                 future._asyncio_future_blocking = False
                 future.add_done_callback(step)
 
-    def _finish(self, answer: Answer) -> None:
-        head, body = self._head, self._body
-        self._end_request()
-        if head is None or body is None:  # the client has gone; its record is written all the same
-            self._shared.send(Departure(self, answer, close=True, whole=True, without_body=True))
+    def answer(self, answer: Answer) -> None:
+        """Write an answer that has been committed, unless the client has gone."""
+        if self.transport is None:
             return
-        whole = body.is_eof()
+        head, render = self._head, self._shared.renderer.render
+        if head is None:  # what came was no HTTP
+            self._write(render(answer, close=True))
+            self._end(whole=False)
+            return
+        whole = self._body.is_eof()
         close = (
             head.should_close
-            or head.version < HttpVersion11
             or not whole
+            or head.version < HttpVersion11
             or self._shared.gateway.draining
             or (self._is_last and not self._broken and not self._queue)
         )
-        without_body = head.method == "HEAD"
-        self._shared.send(Departure(self, answer, close, whole, without_body))
-
-    def depart(self, departure: Departure) -> None:
-        """Write an answer that has been committed."""
-        if self.transport is None:
-            return
-        answer, close = departure.answer, departure.close
-        render = self._shared.renderer.render
-        self._write(render(answer, close=close, without_body=departure.without_body))
+        self._write(render(answer, close=close, without_body=head.method == "HEAD"))
         if close:
-            self._end(departure.whole)
+            self._end(whole)
             return
-        self._become(State.IDLE)
+        self.state = State.IDLE
+        self.expires = self._loop.time() + self._shared.idle_seconds
         if self._queue:
             # Not at once: a client that sends many requests in one go must not hold up the others.
             self._loop.call_soon(self._advance)
             if len(self._queue) <= _MAX_PIPELINED // 2:
                 self._resume_transport_reading()
-
-    def _end_request(self) -> None:
-        if self._request is not None:
-            self._shared.gateway.in_flight -= 1
-        self._request = self._head = self._body = None
-
-    def _refuse_unreadable(self) -> None:
-        answer = self._shared.gateway.answer_not_http()
-        self.state = State.BUSY
-        self._shared.send(Departure(self, answer, close=True, whole=False, without_body=False))
+        elif self._broken:
+            self._wait()
 
     def _write(self, data: bytes) -> None:
         cast(asyncio.Transport, self.transport).write(data)
@@ -366,13 +337,10 @@ class Connection(BaseProtocol):
         if self.transport is not None:
             self.transport.close()
 
-    def _become(self, state: State) -> None:
-        self.state = state
-        self.expires = self._loop.time() + self._shared.limits[state]
-
     def _end(self, whole: bool) -> None:
         """No further request; `whole`: the client has nothing left to send of the last one."""
-        self._become(State.ENDING)
+        self.state = State.ENDING
+        self.expires = self._loop.time() + LINGER_SECONDS
         if whole:
             self.close()
         else:

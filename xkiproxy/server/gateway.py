@@ -22,7 +22,7 @@ from xkiproxy.observability.metrics import Metrics
 from xkiproxy.observability.series import Count, Distribution
 from xkiproxy.protocols.base import Caller, Protocol, Refusal, Trouble
 from xkiproxy.server.condition import Condition
-from xkiproxy.server.http import Answer, Request
+from xkiproxy.server.http import Answer, PlainAnswer, Request
 
 _log = logging.getLogger(__name__)
 
@@ -45,15 +45,22 @@ class Tenant:
         self.counters: dict[tuple[str, str], Count] = {}
 
 
-class _Exchange:
-    """What is known so far of one request."""
+class Exchange(Trail):
+    """One request to a key store: what is known of it so far, and in the end its answer.
+
+    The answer may leave once the exchange has been committed.
+    """
 
     __slots__ = (
-        "access_key_id", "began", "call", "caller", "key_segment", "marks", "reason", "request_id",
-        "source", "trail",
+        "access_key_id", "began", "body", "call", "caller", "code", "headers", "key_segment",
+        "marks", "reason", "record", "request_id", "source", "status", "tenant",
     )  # fmt: skip
 
-    def __init__(self, call: str, key_segment: str, request: Request, timed: bool) -> None:
+    def __init__(
+        self, tenant: Tenant, call: str, key_segment: str, request: Request, timed: bool
+    ) -> None:
+        super().__init__()
+        self.tenant = tenant
         self.began = request.began
         self.source = request.source
         self.call = call
@@ -62,24 +69,15 @@ class _Exchange:
         self.caller = _NOBODY
         self.access_key_id = ""
         self.reason = ""
-        self.trail = Trail()
         self.marks: list[tuple[str, float]] | None = [] if timed else None
         """Stages and when they ended, on a request whose stages are timed."""
+        self.status = 200
+        self.code = _SUCCESS
+        self.body = b""
 
-
-class Outcome(Answer):
-    """What came of a request to a key store; it may leave once it has been committed."""
-
-    __slots__ = ("code", "exchange", "record", "tenant")
-
-    def __init__(
-        self, tenant: Tenant, exchange: _Exchange, status: int, code: str, body: bytes
-    ) -> None:
-        headers = tenant.protocol.headers(exchange.caller.request_id)
-        super().__init__(status, headers, body)
-        self.tenant = tenant
-        self.exchange = exchange
-        self.code = code
+    def complete(self) -> None:
+        """Make what is derived of the outcome: the headers and the audit record."""
+        self.headers = self.tenant.protocol.headers(self.caller.request_id)
         self.record = _encode_record(self)
 
 
@@ -104,38 +102,35 @@ class Gateway:
         metrics.requests_in_flight.labels().set_function(lambda: self.in_flight)
 
     async def handle(self, request: Request) -> Answer:
-        """Answer one request; never raises."""
+        """Answer one request; never raises. The answer is to be committed before it leaves."""
         tenant, call, key_segment = self._route(request.path)
         if tenant is None:
             return self._answer_stranger(request)
-        protocol = tenant.protocol
         self._count += 1
-        exchange = _Exchange(call, key_segment, request, self._count % _SAMPLED == 0)
+        exchange = Exchange(tenant, call, key_segment, request, self._count % _SAMPLED == 0)
         try:
-            body = await self._work(tenant, request, exchange)
-            status, code = 200, _SUCCESS
+            exchange.body = await self._work(tenant, request, exchange)
         except Exception as error:
-            refusal = _refusal(protocol, error, exchange.request_id)
-            exchange.reason = refusal.reason
-            status, code = refusal.status, refusal.code
-            body = protocol.encode_refusal(refusal, exchange.request_id)
-        return Outcome(tenant, exchange, status, code, body)
+            _refuse(exchange, error)
+        exchange.complete()
+        return exchange
 
     def commit(self, answers: Sequence[Answer]) -> None:
         """Write the audit records of requests; without them their answers become refusals."""
-        outcomes = [answer for answer in answers if isinstance(answer, Outcome)]
-        if not outcomes:
+        exchanges = [answer for answer in answers if isinstance(answer, Exchange)]
+        if not exchanges:
             return
         try:
-            self._audit.append(b"".join([outcome.record for outcome in outcomes]))
+            self._audit.append(b"".join([exchange.record for exchange in exchanges]))
         except AuditError as error:
             self._condition.fail("audit", str(error))
-            for outcome in outcomes:
-                _withdraw(outcome)
+            for exchange in exchanges:
+                # Nothing of what came of the request may leave.
+                _refuse(exchange, OperationError(Fault.UNAVAILABLE, _CANNOT_SERVE))
         else:
-            self._metrics.audit_records.inc(len(outcomes))
-        for outcome in outcomes:
-            self._observe(outcome)
+            self._metrics.audit_records.inc(len(exchanges))
+        for exchange in exchanges:
+            self._observe(exchange)
 
     def _route(self, path: str) -> tuple[Tenant | None, str, str]:
         """The key store, the call and the key segment that a path names."""
@@ -150,7 +145,7 @@ class Gateway:
             return None, "", ""
         return tenant, call, key_segment
 
-    async def _work(self, tenant: Tenant, request: Request, exchange: _Exchange) -> bytes:
+    async def _work(self, tenant: Tenant, request: Request, exchange: Exchange) -> bytes:
         """The body of a good answer; raises Refusal or OperationError."""
         protocol, store = tenant.protocol, tenant.store
         if request.trouble is not None:
@@ -179,7 +174,7 @@ class Gateway:
         if isinstance(action, Health):
             return protocol.encode(action, store.health(), exchange.request_id)
         deadline = exchange.began + store.deadline
-        result = await store.perform(action, deadline, exchange.trail)
+        result = await store.perform(action, deadline, exchange)
         if marks is not None:
             marks.append(("perform", time.monotonic()))
         answer = protocol.encode(action, result, exchange.request_id)
@@ -187,9 +182,8 @@ class Gateway:
             marks.append(("encode", time.monotonic()))
         return answer
 
-    def _observe(self, outcome: Outcome) -> None:
-        tenant, exchange, code = outcome.tenant, outcome.exchange, outcome.code
-        call = exchange.call
+    def _observe(self, exchange: Exchange) -> None:
+        tenant, call, code = exchange.tenant, exchange.call, exchange.code
         duration = tenant.durations.get(call)
         if duration is None:
             labels = (tenant.store.name, tenant.protocol.name, call)
@@ -230,21 +224,20 @@ class Gateway:
         refusal = protocol.refuse(trouble)
         self._metrics.requests.labels("", protocol.name, "", refusal.code).inc()
         body = protocol.encode_refusal(refusal, new_request_id())
-        return Answer(refusal.status, protocol.headers(""), body)
+        return PlainAnswer(refusal.status, protocol.headers(""), body)
 
 
-def _encode_record(outcome: Outcome) -> bytes:
+def _encode_record(exchange: Exchange) -> bytes:
     """The audit record of a request; never a plaintext, a ciphertext or a secret."""
-    tenant, exchange = outcome.tenant, outcome.exchange
-    caller, trail = exchange.caller, exchange.trail
+    caller = exchange.caller
     record: dict[str, Any] = {
         "time": datetime.now(UTC),
         "request_id": exchange.request_id,
         "kms_request_id": caller.request_id,
-        "keystore": tenant.store.name,
+        "keystore": exchange.tenant.store.name,
         "operation": exchange.call,
-        "key": trail.key_id or ascii(exchange.key_segment[:_MAX_KEY_SEGMENT])[1:-1],
-        "key_version": trail.version or None,
+        "key": exchange.key_id or ascii(exchange.key_segment[:_MAX_KEY_SEGMENT])[1:-1],
+        "key_version": exchange.version or None,
         "access_key_id": exchange.access_key_id,
         "principal": caller.principal,
         "instance": caller.instance,
@@ -253,9 +246,9 @@ def _encode_record(outcome: Outcome) -> bytes:
         "source_vpc": caller.source_vpc,
         "source_ip": caller.source_ip,
         "source": exchange.source,
-        "kmi": trail.kmi,
-        "status": outcome.status,
-        "code": outcome.code,
+        "kmi": exchange.kmi,
+        "status": exchange.status,
+        "code": exchange.code,
         "duration_us": int((time.monotonic() - exchange.began) * 1e6),
     }
     if exchange.reason:
@@ -263,23 +256,20 @@ def _encode_record(outcome: Outcome) -> bytes:
     return encode(record)
 
 
-def _withdraw(outcome: Outcome) -> None:
-    """Its record could not be written: nothing of what came of the request may leave."""
-    protocol = outcome.tenant.protocol
-    refusal = protocol.refuse(OperationError(Fault.UNAVAILABLE, _CANNOT_SERVE))
-    outcome.status, outcome.code = refusal.status, refusal.code
-    outcome.body = protocol.encode_refusal(refusal, outcome.exchange.request_id)
-
-
-def _refusal(protocol: Protocol, error: Exception, request_id: str) -> Refusal:
-    """What a failure is called in a protocol; what is none of those is a fault of ours."""
+def _refuse(exchange: Exchange, error: Exception) -> None:
+    """Make a failure the outcome, in the protocol's words."""
+    protocol = exchange.tenant.protocol
     if isinstance(error, Refusal):
-        return error
-    if isinstance(error, OperationError):
-        return protocol.refuse(error)
-    # The traceback of a fault of ours; messages and `repr`s hold no secrets.
-    _log.error("request %s failed", request_id, exc_info=error)
-    return protocol.refuse(OperationError(Fault.INTERNAL, "An internal error."))
+        refusal = error
+    elif isinstance(error, OperationError):
+        refusal = protocol.refuse(error)
+    else:
+        # The traceback of a fault of ours; messages and `repr`s hold no secrets.
+        _log.error("request %s failed", exchange.request_id, exc_info=error)
+        refusal = protocol.refuse(OperationError(Fault.INTERNAL, "An internal error."))
+    exchange.reason = refusal.reason
+    exchange.status, exchange.code = refusal.status, refusal.code
+    exchange.body = protocol.encode_refusal(refusal, exchange.request_id)
 
 
 def new_request_id() -> str:

@@ -73,7 +73,8 @@ class Listener:
 
 async def _watch_over(shared: Shared) -> None:
     """Let every connection end that is over its time limit."""
-    pause = min(_WATCH_SECONDS, min(shared.limits.values()) / 4)
+    shortest = min(shared.idle_seconds, shared.head_seconds, shared.body_seconds)
+    pause = min(_WATCH_SECONDS, shortest / 4)
     while True:
         await asyncio.sleep(pause)
         shared.expire(shared.loop.time())

@@ -51,7 +51,7 @@ _EXTENDED_DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]
 
 
 def _sha256(data: bytes) -> bytes:
-    return hashlib.sha256(data).digest()
+    return hashlib.sha256(data).hexdigest().encode("ascii")
 
 
 def _hmac_sha256(key: bytes, data: bytes) -> bytes:
@@ -62,7 +62,7 @@ def _sm3(data: bytes) -> bytes:
     # hashlib has SM3 only where the system's OpenSSL has it; cryptography brings its own.
     digest = hashes.Hash(hashes.SM3())
     digest.update(data)
-    return digest.finalize()
+    return digest.finalize().hex().encode("ascii")
 
 
 def _hmac_sm3(key: bytes, data: bytes) -> bytes:
@@ -81,22 +81,15 @@ class SignatureAlgorithm(Enum):
         self,
         wire_name: str,
         content_header: str,
-        digest: Callable[[bytes], bytes],
+        hex_digest: Callable[[bytes], bytes],
         mac: Callable[[bytes, bytes], bytes],
     ) -> None:
         self.wire_name = wire_name
         self.content_header = content_header
         self.wire_bytes = wire_name.encode("ascii")
-        self.digest = digest
-        self.mac = mac
-
-    def hex_digest(self, data: bytes) -> bytes:
+        self.hex_digest = hex_digest
         """The hash in lower-case hex."""
-        return self.digest(data).hex().encode("ascii")
-
-    def hex_mac(self, key: bytes, data: bytes) -> bytes:
-        """The HMAC in lower-case hex."""
-        return self.mac(key, data).hex().encode("ascii")
+        self.mac = mac
 
 
 _ALGORITHMS = {algorithm.wire_name: algorithm for algorithm in SignatureAlgorithm}
@@ -187,7 +180,7 @@ def sign(
     `headers` must already hold host, x-acs-date, x-acs-signature-nonce and the content hash;
     every x-acs-*, host and content-type header among them is signed.
     """
-    raw = [(name.encode("ascii"), value.encode("utf-8")) for name, value in headers.items()]
+    raw = [(name.encode("ascii"), value.strip().encode("utf-8")) for name, value in headers.items()]
     folded = fold_headers(raw)
     signed = sorted(name for name in folded if _is_signed(name))
     date = folded[_DATE_HEADER].decode("ascii").replace("-", "").partition("T")[0]
@@ -225,7 +218,7 @@ def _signature(
     )
     algorithm = head.algorithm
     to_sign = b"%b\n%b" % (algorithm.wire_bytes, algorithm.hex_digest(canonical))
-    return algorithm.hex_mac(key, to_sign)
+    return algorithm.mac(key, to_sign).hex().encode("ascii")
 
 
 def _is_signed(name: bytes) -> bool:

@@ -92,7 +92,7 @@ class XkiClient:
             "x-acs-version": API_VERSION,
             "x-acs-date": datetime.fromtimestamp(now, UTC).strftime("%Y%m%dT%H%M%SZ"),
             "x-acs-signature-nonce": nonce,
-            algorithm.content_header: algorithm.digest(body).hex(),
+            algorithm.content_header: algorithm.hex_digest(body).decode("ascii"),
         }
         authorization = sign(
             "POST",

@@ -126,16 +126,15 @@ class XkiProtocol:
             {"RequestId": request_id, "Code": refusal.code, "Message": refusal.message}
         )
 
-    def headers(self, caller_request_id: str) -> dict[str, str]:
+    def headers(self, caller_request_id: str) -> bytes:
         """The three headers of every answer; the echo is cut and cleaned, since it is opaque."""
-        return {
-            "x-xki-kms-request-id": _echo(caller_request_id),
-            "x-xki-specification": SPECIFICATION,
-            "x-xki-server": _SERVER,
-        }
+        return _HEADERS % _echo(caller_request_id).encode("ascii")
 
 
-_SERVER = f"{SERVER_NAME}/{__version__}"
+_HEADERS = (
+    f"x-xki-specification: {SPECIFICATION}\r\nx-xki-server: {SERVER_NAME}/{__version__}\r\n"
+    "x-xki-kms-request-id: %b\r\n"
+).encode("ascii")
 
 
 def _key_id(segment: str) -> str:

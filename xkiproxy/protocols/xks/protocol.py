@@ -96,7 +96,7 @@ class XksProtocol:
         message = errors.printable(refusal.message)
         return orjson.dumps({"errorName": refusal.code, "errorMessage": message})
 
-    def headers(self, caller_request_id: str) -> dict[str, str]:
+    def headers(self, caller_request_id: str) -> bytes:
         """XKS has no headers of its own."""
         del caller_request_id
-        return {}
+        return b""

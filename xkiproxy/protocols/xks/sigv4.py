@@ -109,7 +109,7 @@ def sign(
     region: str,
 ) -> str:
     """The Authorization header of a request, for clients; every given header is signed."""
-    raw = [(name.encode("ascii"), value.encode("utf-8")) for name, value in headers.items()]
+    raw = [(name.encode("ascii"), value.strip().encode("utf-8")) for name, value in headers.items()]
     folded = fold_headers(raw)
     date = folded[_DATE].decode("ascii")
     scope = f"{date[:8]}/{region}/{SERVICE}/{_TERMINATOR}"
