@@ -380,7 +380,10 @@ def test_every_fault_and_trouble_has_its_words() -> None:
     ],
 )
 def test_headers_echo_the_request_id_cleaned(sent: str, echoed: str) -> None:
-    headers = protocol.headers(sent)
+    lines = protocol.headers(sent).decode("ascii").split("\r\n")
+    assert lines.pop() == ""
+    headers = dict(line.split(": ", 1) for line in lines)
+    assert len(lines) == len(headers) == 3
     assert headers["x-xki-kms-request-id"] == echoed
     assert headers["x-xki-specification"] == "1.0.0"
     assert headers["x-xki-server"].startswith("xkiproxy/")

@@ -39,7 +39,8 @@ def signed(
     headers.update({name.replace("_", "-"): value for name, value in extra.items()})
     request = AWSRequest("POST", f"https://proxy.example.com{path}", data=body, headers=headers)
     SigV4Auth(Credentials(access_key_id, secret), service, "us-east-1").add_auth(request)
-    raw = [(name.encode(), str(value).encode()) for name, value in request.headers.items()]
+    # As an HTTP parser hands them over: without white space around their values.
+    raw = [(name.encode(), str(value).strip().encode()) for name, value in request.headers.items()]
     return SignedRequest("POST", path, "", raw, body)
 
 
