@@ -208,6 +208,7 @@ class Texts:
 
 
 _ONLY_TEXTS = frozenset({str})
+_NO_TEXTS = [""] * len(dataclass_fields(Caller))
 _BASE64_PATTERN = "^([A-Za-z0-9+/]{4})*([A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?$"
 
 
@@ -245,7 +246,7 @@ def caller_reader(names: Mapping[str, str]) -> Callable[[Fields], Caller | None]
     keys = [by_attribute.get(attribute.name, 0) for attribute in dataclass_fields(Caller)]
 
     def read(metadata: Mapping[Any, Any]) -> Caller | None:
-        texts = [metadata.get(key, "") for key in keys]
+        texts = list(map(metadata.get, keys, _NO_TEXTS))
         return Caller(*texts) if _ONLY_TEXTS.issuperset(map(type, texts)) else None
 
     return read

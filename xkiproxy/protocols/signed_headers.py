@@ -4,22 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from functools import lru_cache
 from operator import itemgetter
 
 
 def fold_headers(headers: Sequence[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
     """Names in lower case, repeated headers joined by a comma (RFC 9110 5.3)."""
-    folded = {name.lower(): value for name, value in headers}
+    if not headers:
+        return {}
+    names, values = zip(*headers, strict=True)
+    folded = dict(zip(_lower_case(names), values, strict=True))
     if len(folded) == len(headers):  # nearly always
         return folded
     folded = {}
     for name, value in headers:
         lower = name.lower()
-        if lower in folded:
-            folded[lower] = folded[lower] + b"," + value
-        else:
-            folded[lower] = value
+        folded[lower] = folded[lower] + b"," + value if lower in folded else value
     return folded
+
+
+@lru_cache(maxsize=32)
+def _lower_case(names: tuple[bytes, ...]) -> tuple[bytes, ...]:
+    """A client sends the same headers with every request; there are few kinds of clients.
+
+    The cache is small since anybody may fill it, with 64 names of 8 KB each.
+    """
+    return tuple(name.lower() for name in names)
 
 
 class SignedHeaders:

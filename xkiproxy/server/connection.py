@@ -56,6 +56,7 @@ which had come before it could have left; where one request comes alone, nothing
 """
 
 _MAX_LINE_SIZE = 8190
+_MAX_HEADERS = 64
 _NEVER = float("inf")
 
 
@@ -135,6 +136,7 @@ class Connection(BaseProtocol):
             shared.max_body_bytes,
             max_line_size=_MAX_LINE_SIZE,
             max_field_size=_MAX_LINE_SIZE,
+            max_headers=_MAX_HEADERS,
             payload_exception=RequestPayloadError,
             # A compressed body is not what was signed; it is refused as what it is, not JSON.
             auto_decompress=False,

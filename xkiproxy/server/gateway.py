@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
+import uuid
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from random import getrandbits
@@ -273,14 +274,14 @@ def _refuse(exchange: Exchange, error: Exception) -> None:
 
 
 def new_request_id() -> str:
-    """A UUID of version 4 (RFC 9562), from a generator that is seeded by the system.
+    """A UUID in the form of version 4 (RFC 9562): it has to be unique, not secret.
 
-    It has to be unique, not secret; `uuid.uuid4` asks the system each time, at three times the
-    cost.
+    Half of its random bits are those of the process, half are drawn for each request, from a
+    generator that is seeded by the system: `uuid.uuid4` costs eight times as much.
     """
-    digits = f"{getrandbits(128):032x}"
-    variant = "89ab"[int(digits[16], 16) & 3]
-    return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{variant}{digits[17:20]}-{digits[20:]}"
+    drawn = getrandbits(60)
+    return f"{_PROCESS_ID}{drawn >> 48:03x}-{drawn & 0xFFFF_FFFF_FFFF:012x}"
 
 
+_PROCESS_ID = str(uuid.uuid4())[:20]
 _MAX_KEY_SEGMENT = 128
