@@ -71,6 +71,7 @@ class ServerSettings(Section):
     workers: Annotated[int, Field(ge=1, le=1)] = 1
     tls: TlsSettings | None = None
     plaintext: bool = False
+    max_connections: Annotated[int, Field(ge=1, le=1_000_000)] = 10_000
     max_body_bytes: Annotated[int, Field(ge=1024, le=16 << 20)] = 64 << 10
     handshake_timeout_seconds: Seconds = 10
     header_timeout_seconds: Seconds = 10

@@ -50,6 +50,11 @@ class Kmi(Protocol):
     error: str
     """Why the state is not `connected`."""
 
+    @property
+    def is_full(self) -> bool:
+        """Whether `submit` would refuse: more than can be is waiting."""
+        ...
+
     async def submit(self, operation: Operation, deadline: float) -> Result:
         """The result of an operation; `deadline` on the clock of `time.monotonic`.
 
@@ -124,6 +129,7 @@ class InlineKmi:
         self.state = KmiState.DISCONNECTED
         self.checked = float("-inf")
         self.error = "not checked yet"
+        self.is_full = False
         self._lane = lane
         self._metrics = metrics
         metrics.set_lanes(idle=1)
@@ -224,6 +230,11 @@ class QueuedKmi:
         self._settled = asyncio.Event()
         self._supervisors: list[asyncio.Task[None]] = []
 
+    @property
+    def is_full(self) -> bool:
+        """See `Kmi.is_full`."""
+        return len(self._queue) >= self._queue_size
+
     def start(self) -> None:
         """See `Kmi.start`."""
         self._loop = asyncio.get_running_loop()
@@ -234,7 +245,7 @@ class QueuedKmi:
         """See `Kmi.submit`."""
         if self._breaker_open:
             raise _away()
-        if len(self._queue) >= self._queue_size:
+        if self.is_full:
             raise OperationError(Fault.THROTTLED, "Too many requests wait for the key manager.")
         now = time.monotonic()
         item = _Item(operation, self._loop.create_future())

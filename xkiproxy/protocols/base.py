@@ -38,6 +38,8 @@ class Trouble(Enum):
     TOO_LARGE = auto()
     BODY_TIMEOUT = auto()
     REPLAYED = auto()
+    OVERLOADED = auto()
+    """More requests wait than can be answered in time."""
 
 
 class Refusal(Exception):

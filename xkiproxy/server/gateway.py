@@ -33,6 +33,7 @@ _SAMPLED = 64
 _CANNOT_SERVE = "The proxy cannot serve at the moment."
 _NOBODY = Caller()
 _SUCCESS = "OK"
+_THROTTLED = 429
 
 
 class Tenant:
@@ -96,6 +97,8 @@ class Gateway:
         self.in_flight = 0
         self.clock = time.monotonic
         self._tenants = {tenant.base: tenant for tenant in tenants}
+        self.longest_wait = min(t.store.deadline for t in self._tenants.values()) / 2
+        """Seconds that a request may wait for its turn; the other half is for the work."""
         self._audit = audit
         self._condition = condition
         self._metrics = metrics
@@ -112,9 +115,24 @@ class Gateway:
         try:
             exchange.body = await self._work(tenant, request, exchange)
         except Exception as error:
-            _refuse(exchange, error)
+            self._refuse(exchange, error)
         exchange.complete()
         return exchange
+
+    def _refuse(self, exchange: Exchange, error: Exception) -> None:
+        """Make a failure the outcome, in the protocol's words."""
+        protocol = exchange.tenant.protocol
+        if isinstance(error, Refusal):
+            refusal = error
+        elif isinstance(error, OperationError):
+            refusal = protocol.refuse(error)
+        else:
+            # The traceback of a fault of ours; messages and `repr`s hold no secrets.
+            _log.error("request %s failed", exchange.request_id, exc_info=error)
+            refusal = protocol.refuse(OperationError(Fault.INTERNAL, "An internal error."))
+        exchange.reason = refusal.reason
+        exchange.status, exchange.code = refusal.status, refusal.code
+        exchange.body = protocol.encode_refusal(refusal, exchange.request_id)
 
     def commit(self, answers: Sequence[Answer]) -> None:
         """Write the audit records of requests; without them their answers become refusals."""
@@ -127,7 +145,7 @@ class Gateway:
             self._condition.fail("audit", str(error))
             for exchange in exchanges:
                 # Nothing of what came of the request may leave.
-                _refuse(exchange, OperationError(Fault.UNAVAILABLE, _CANNOT_SERVE))
+                self._refuse(exchange, OperationError(Fault.UNAVAILABLE, _CANNOT_SERVE))
         else:
             self._metrics.audit_records.inc(len(exchanges))
         for exchange in exchanges:
@@ -153,6 +171,9 @@ class Gateway:
             raise protocol.refuse(request.trouble)
         if self._condition.reasons:
             raise OperationError(Fault.UNAVAILABLE, _CANNOT_SERVE)
+        if store.is_full and exchange.key_segment:
+            # Before the signature, which costs more than all that follows.
+            raise protocol.refuse(Trouble.OVERLOADED)
         marks = exchange.marks
         if marks is not None:
             marks.append(("read", time.monotonic()))
@@ -198,6 +219,8 @@ class Gateway:
             counter = self._metrics.requests.labels(*labels, code)
             tenant.counters[call, code] = counter
         counter.inc()
+        if exchange.status == _THROTTLED:
+            self._metrics.shed.labels(tenant.store.name, "overload").inc()
         if exchange.reason:
             self._metrics.auth_failures.labels(tenant.store.name, exchange.reason).inc()
         if exchange.marks:
@@ -214,6 +237,10 @@ class Gateway:
         protocols = [tenant.protocol for tenant in self._tenants.values()]
         looks = [protocol for protocol in protocols if protocol.base_path in request.path]
         return self._refuse_unserved((looks or protocols)[0], Trouble.NOT_FOUND)
+
+    def count_refused_connection(self) -> None:
+        """A connection over the limit was closed."""
+        self._metrics.shed.labels("", "connections").inc()
 
     def answer_not_http(self) -> Answer:
         """The answer to bytes that are no HTTP request."""
@@ -255,22 +282,6 @@ def _encode_record(exchange: Exchange) -> bytes:
     if exchange.reason:
         record["reason"] = exchange.reason
     return encode(record)
-
-
-def _refuse(exchange: Exchange, error: Exception) -> None:
-    """Make a failure the outcome, in the protocol's words."""
-    protocol = exchange.tenant.protocol
-    if isinstance(error, Refusal):
-        refusal = error
-    elif isinstance(error, OperationError):
-        refusal = protocol.refuse(error)
-    else:
-        # The traceback of a fault of ours; messages and `repr`s hold no secrets.
-        _log.error("request %s failed", exchange.request_id, exc_info=error)
-        refusal = protocol.refuse(OperationError(Fault.INTERNAL, "An internal error."))
-    exchange.reason = refusal.reason
-    exchange.status, exchange.code = refusal.status, refusal.code
-    exchange.body = protocol.encode_refusal(refusal, exchange.request_id)
 
 
 def new_request_id() -> str:

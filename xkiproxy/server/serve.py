@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import resource
 import signal
 from contextlib import AsyncExitStack, suppress
 
@@ -21,6 +22,9 @@ from xkiproxy.server.runtime import Runtime
 
 _log = logging.getLogger(__name__)
 
+_OTHER_FILES = 256
+"""Files that are no connections: the catalog, logs, lanes."""
+
 
 def run(config: Config) -> None:
     """Serve until SIGTERM or SIGINT.
@@ -36,6 +40,7 @@ def run(config: Config) -> None:
 async def _serve(config: Config) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
+    _raise_file_limit(config.server.max_connections)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     async with AsyncExitStack() as stack:
@@ -53,6 +58,17 @@ async def _serve(config: Config) -> None:
         _calm_garbage_collection()
         await stop.wait()
         _log.info("stopping: requests that have begun are finished")
+
+
+def _raise_file_limit(wanted: int) -> None:
+    """A connection is a file: allow as many as may be, up to the hard limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = wanted + _OTHER_FILES
+    limit = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    if limit < needed:
+        _log.warning("only %d files may be open: raise the limit for max_connections", limit)
+    if limit > soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
 def _calm_garbage_collection() -> None:

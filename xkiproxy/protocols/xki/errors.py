@@ -38,6 +38,7 @@ _TROUBLES = {
     Trouble.TOO_LARGE: Refusal(413, "RequestTooLarge", "The request body is over the limit."),
     Trouble.BODY_TIMEOUT: Refusal(400, "InvalidRequest", "The request body did not arrive."),
     Trouble.REPLAYED: Refusal(401, "Unauthorized", "The request is not authenticated.", "replay"),
+    Trouble.OVERLOADED: Refusal(429, "TooManyRequests", "Too many requests are waiting."),
 }
 
 

@@ -32,6 +32,9 @@ _TROUBLES = {
     ),
     Trouble.BODY_TIMEOUT: Refusal(400, "ValidationException", "The body did not arrive."),
     Trouble.REPLAYED: Refusal(*_UNAUTHENTICATED, "replay"),
+    Trouble.OVERLOADED: Refusal(
+        429, "ThrottlingException", "Too many requests wait for an answer."
+    ),
 }
 
 _MAX_MESSAGE = 500
