@@ -22,6 +22,7 @@ from xkiproxy.crypto.operations import Encrypted, KeyState
 from xkiproxy.keystores.catalog import CatalogEntry
 from xkiproxy.keystores.credentials import Credential
 from xkiproxy.keystores.keystore import KeyStore, Trail
+from xkiproxy.keystores.replay import ReplayWindow
 from xkiproxy.keystores.signing_keys import CachedSigningKeys
 from xkiproxy.keystores.sqlite_catalog import SqliteCatalog
 from xkiproxy.kmi.dispatcher import InlineKmi, KmiMetrics
@@ -85,7 +86,7 @@ async def _measure(folder: Path) -> dict[str, float]:
     lane = SoftwareLane(keyring)
     kmi = InlineKmi("local", "software", lane, KmiMetrics(metrics, "local"))
     keys = CachedSigningKeys([_CREDENTIAL])
-    store = KeyStore("demo", catalog, [kmi], keys, deadline=1.0)
+    store = KeyStore("demo", catalog, [kmi], keys, ReplayWindow(), deadline=1.0)
     protocol = XkiProtocol()
     audit = AuditLog(folder / "audit.jsonl")
     sha256 = _request(acs4.SignatureAlgorithm.HMAC_SHA256)

@@ -19,6 +19,7 @@ from xkiproxy.config.models import ServerSettings, TlsSettings
 from xkiproxy.config.secrets import SecretSource
 from xkiproxy.keystores.credentials import Credential
 from xkiproxy.keystores.keystore import KeyStore
+from xkiproxy.keystores.replay import ReplayWindow
 from xkiproxy.keystores.signing_keys import CachedSigningKeys
 from xkiproxy.keystores.sqlite_catalog import SqliteCatalog
 from xkiproxy.kmi.dispatcher import InlineKmi, KmiMetrics
@@ -69,9 +70,11 @@ async def proxy(tmp_path: Path, server_settings: ServerSettings) -> AsyncIterato
     await kmi.check()
     cloud = Cloud("XKITESTACCESSKEY00000001", "a-secret-of-the-tests-0123456789")
     credentials = [Credential(cloud.access_key_id, cloud.secret, "2026-01-01T00:00:00Z")]
-    store = KeyStore("demo", catalog, [kmi], CachedSigningKeys(credentials), deadline=5.0)
+    store = KeyStore(
+        "demo", catalog, [kmi], CachedSigningKeys(credentials), ReplayWindow(), deadline=5.0
+    )
     aws_keys = CachedSigningKeys([Credential(AWS_ID, AWS_SECRET, "2026-01-01T00:00:00Z")])
-    aws_store = KeyStore("aws", catalog, [kmi], aws_keys, deadline=5.0)
+    aws_store = KeyStore("aws", catalog, [kmi], aws_keys, ReplayWindow(), deadline=5.0)
     audit_path = tmp_path / "audit.jsonl"
     audit = AuditLog(audit_path)
     gateway = Gateway(

@@ -15,9 +15,11 @@ def serve(config: ConfigOption = DEFAULT_CONFIG) -> None:
     """
     settings = load_config(config)
     configure_logging(settings.log.level, settings.log.format)
-    from xkiproxy.server.serve import run  # noqa: PLC0415 - only this command pays for it
+    # Only this command pays for it.
+    from xkiproxy.server.serve import run  # noqa: PLC0415
+    from xkiproxy.server.supervisor import WorkerError  # noqa: PLC0415
 
     try:
         run(settings)
-    except (AuditError, OSError) as error:
+    except (AuditError, OSError, WorkerError) as error:
         raise CommandError(str(error)) from None

@@ -151,6 +151,7 @@ def _check_ties(document: dict[str, Any]) -> Iterator[Problem]:
     yield from _repeated("keystore", "name", [str(store.get("name")) for store in stores])
     paths = [f"{store.get('path_prefix')} of {store.get('protocol')}" for store in stores]
     yield from _repeated("keystore", "path_prefix", paths)
+    yield from _check_lanes(document)
     for index, store in enumerate(stores):
         names = store.get("kmi")
         for position, name in enumerate(names if isinstance(names, list) else ()):
@@ -158,6 +159,17 @@ def _check_ties(document: dict[str, Any]) -> Iterator[Problem]:
                 known = ", ".join(sorted(kmi_names)) or "none"
                 where = f"keystore[{index}].kmi[{position}]"
                 yield Problem(where, f"there is no [[kmi]] named {name!r}; there are: {known}")
+
+
+def _check_lanes(document: dict[str, Any]) -> Iterator[Problem]:
+    server = document.get("server", {})
+    workers = server.get("workers", 1) if isinstance(server, dict) else 1
+    for index, kmi in enumerate(_tables(document, "kmi")):
+        default = getattr(KMI_SETTINGS.get(str(kmi.get("type"))), "model_fields", {}).get("lanes")
+        lanes = kmi.get("lanes", default and default.default)
+        if isinstance(lanes, int) and isinstance(workers, int) and lanes < workers:
+            what = f"must be at least server.workers ({workers}): each worker needs a lane"
+            yield Problem(f"kmi[{index}].lanes", what)
 
 
 def _tables(document: dict[str, Any], name: str) -> list[dict[str, Any]]:

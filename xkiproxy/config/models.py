@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -68,7 +68,7 @@ class ServerSettings(Section):
 
     listen: Address = "0.0.0.0:8443"
     admin_listen: Address = "127.0.0.1:9464"
-    workers: Annotated[int, Field(ge=1, le=1)] = 1
+    workers: Annotated[int, Field(ge=1, le=64)] = 1
     tls: TlsSettings | None = None
     plaintext: bool = False
     max_connections: Annotated[int, Field(ge=1, le=1_000_000)] = 10_000
@@ -103,6 +103,11 @@ class KmiSettings(Section):
     name: Name
     type: str
     queue_size: Annotated[int, Field(ge=1, le=1_000_000)] = 1024
+
+    def share(self, index: int, workers: int) -> Self:
+        """What of it one of several worker processes has; `index` from 0."""
+        del index, workers
+        return self
 
 
 class SoftwareSettings(KmiSettings):
@@ -158,6 +163,11 @@ class Pkcs11Settings(KmiSettings):
     operation_timeout_ms: Annotated[int, Field(ge=10, le=60_000)] = 1000
     iv: Literal["generator", "hsm"] = "generator"
     sm4: Sm4Settings | None = None
+
+    def share(self, index: int, workers: int) -> Self:
+        """The lanes are divided: a token has so many sessions, however many processes there are."""
+        lanes = self.lanes // workers + (index < self.lanes % workers)
+        return self.model_copy(update={"lanes": lanes})
 
 
 KMI_SETTINGS: dict[str, type[KmiSettings]] = {
@@ -217,6 +227,16 @@ class Config(Section):
     catalog: CatalogSettings
     audit: AuditSettings
     log: LogSettings
+
+    def share(self, index: int) -> Config:
+        """The configuration of one of several worker processes; `index` from 0.
+
+        Each writes an audit log of its own: `audit.jsonl` becomes `audit-1.jsonl` and so on.
+        """
+        path = self.audit.path
+        own = path.with_name(f"{path.stem}-{index + 1}{path.suffix}")
+        kmis = tuple(kmi.share(index, self.server.workers) for kmi in self.kmi)
+        return self.model_copy(update={"audit": AuditSettings(path=own), "kmi": kmis})
 
     def find_kmi(self, name: str) -> KmiSettings:
         """The section of a KMI; raises KeyError."""

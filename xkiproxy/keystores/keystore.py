@@ -32,7 +32,7 @@ from xkiproxy.crypto.operations import (
 )
 from xkiproxy.crypto.wrapping import wrap
 from xkiproxy.keystores.catalog import Catalog, CatalogEntry, CatalogError
-from xkiproxy.keystores.replay import ReplayWindow
+from xkiproxy.keystores.replay import Replay
 from xkiproxy.keystores.signing_keys import CachedSigningKeys
 from xkiproxy.kmi.base import KmiState
 from xkiproxy.kmi.dispatcher import Kmi
@@ -75,6 +75,7 @@ class KeyStore:
         catalog: Catalog,
         kmis: Sequence[Kmi],
         signing_keys: CachedSigningKeys,
+        replay: Replay,
         *,
         deadline: float,
     ) -> None:
@@ -82,7 +83,7 @@ class KeyStore:
         self.name = name
         self.kmis = kmis
         self.signing_keys = signing_keys
-        self.replay = ReplayWindow()
+        self.replay = replay
         self.deadline = deadline
         self._catalog = catalog
         self._wrapping = 0

@@ -2,6 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
+
+class Replay(Protocol):
+    """What a key store asks of a replay window."""
+
+    def admit(self, access_key_id: str, nonce: str, expires: float, now: float) -> bool:
+        """Whether this is the first use of a nonce; times are seconds since the epoch."""
+        ...
+
 
 class ReplayWindow:
     """Remembers the nonces of verified requests until their dates are too old to be accepted.

@@ -2,7 +2,7 @@
 
 `prometheus_client` writes them out; counting is done here, because its own take a lock for every
 value and walk through a histogram's buckets. One thread counts, so none is needed. What one process
-has counted is a `Snapshot` of plain values: those of several processes are added up by `merge`.
+has counted is a `Snapshot` of plain values: `Collection.merge` adds up those of several processes.
 """
 
 from __future__ import annotations
@@ -98,7 +98,11 @@ class Family(Generic[_Child]):
         labels: Sequence[str],
         make: Callable[[], _Child],
         bounds: Sequence[float] = (),
+        *,
+        is_common: bool = False,
     ) -> None:
+        """`is_common`: a fact of the whole server, which its processes do not add up."""
+        self.is_common = is_common
         self.name = name
         self.documentation = documentation
         self.label_names = labels
@@ -118,6 +122,11 @@ class Family(Generic[_Child]):
     def values(self) -> dict[tuple[str, ...], Values]:
         """What all children have counted."""
         return {labels: child.values() for labels, child in self._children.items()}
+
+    @property
+    def is_gauge(self) -> bool:
+        """Whether its values say how it is, rather than what was counted."""
+        return isinstance(self._make(), Level)
 
     def describe(self, values: Mapping[tuple[str, ...], Values]) -> Metric:
         """These values, for `prometheus_client`."""
@@ -143,9 +152,9 @@ def counter(name: str, documentation: str, *labels: str) -> Family[Count]:
     return Family(name, documentation, labels, Count)
 
 
-def gauge(name: str, documentation: str, *labels: str) -> Family[Level]:
-    """A family of gauges."""
-    return Family(name, documentation, labels, Level)
+def gauge(name: str, documentation: str, *labels: str, is_common: bool = False) -> Family[Level]:
+    """A family of gauges; see `Family` for `is_common`."""
+    return Family(name, documentation, labels, Level, is_common=is_common)
 
 
 def histogram(
@@ -172,15 +181,37 @@ class Collection:
         for name, values in self.read().items():
             yield self._families[name].describe(values)
 
+    def merge(self, snapshots: Iterable[Snapshot]) -> Snapshot:
+        """What several processes have counted together; of common facts the largest value."""
+        found: dict[str, dict[tuple[str, ...], Values]] = {}
+        for snapshot in snapshots:
+            for name, children in snapshot.items():
+                add = max if self._families[name].is_common else _sum
+                family = found.setdefault(name, {})
+                for labels, values in children.items():
+                    known = family.get(labels)
+                    pairs = zip(known or values, values, strict=True)
+                    family[labels] = values if known is None else [add(a, b) for a, b in pairs]
+        return found
 
-def merge(snapshots: Iterable[Snapshot]) -> Snapshot:
-    """The sum of what several processes have counted."""
-    found: dict[str, dict[tuple[str, ...], Values]] = {}
-    for snapshot in snapshots:
-        for name, children in snapshot.items():
-            family = found.setdefault(name, {})
-            for labels, values in children.items():
-                known = family.get(labels)
-                added = values if known is None else list(map(sum, zip(known, values, strict=True)))
-                family[labels] = added
-    return found
+    def lasting(self, snapshot: Snapshot) -> Snapshot:
+        """What of an ended process still counts: all but its gauges."""
+        return {
+            name: children
+            for name, children in snapshot.items()
+            if not self._families[name].is_gauge
+        }
+
+
+def _sum(a: float, b: float) -> float:
+    return a + b
+
+
+def to_json(snapshot: Snapshot) -> list[Any]:
+    """A snapshot as JSON has it."""
+    return [[name, [[*child] for child in children.items()]] for name, children in snapshot.items()]
+
+
+def from_json(value: Sequence[Any]) -> Snapshot:
+    """What `to_json` made."""
+    return {name: {tuple(labels): values for labels, values in pairs} for name, pairs in value}

@@ -25,8 +25,14 @@ class Listener:
     """The public address."""
 
     def __init__(
-        self, gateway: Gateway, settings: ServerSettings, context: ssl.SSLContext | None
+        self,
+        gateway: Gateway,
+        settings: ServerSettings,
+        context: ssl.SSLContext | None,
+        *,
+        shares_port: bool = False,
     ) -> None:
+        self._shares_port = shares_port
         self._gateway = gateway
         self._settings = settings
         self._context = context
@@ -42,7 +48,7 @@ class Listener:
         if self._context is not None:
             timeouts["ssl_handshake_timeout"] = self._settings.handshake_timeout_seconds
         shared = Shared(self._gateway, self._settings, loop)
-        sock = bind(self._settings.listen)
+        sock = bind(self._settings.listen, shares_port=self._shares_port)
         self._server = await loop.create_server(
             lambda: Connection(shared), sock=sock, ssl=self._context, backlog=_BACKLOG, **timeouts
         )
@@ -80,8 +86,12 @@ async def _watch_over(shared: Shared) -> None:
         shared.expire(shared.loop.time())
 
 
-def bind(address: str) -> socket.socket:
-    """A listening TCP socket at "host:port"; raises OSError that names the address."""
+def bind(address: str, *, shares_port: bool = False) -> socket.socket:
+    """A TCP socket bound to "host:port"; raises OSError that names the address.
+
+    `shares_port`: other processes of this user may bind to it too (SO_REUSEPORT), and the kernel
+    spreads the connections over those that listen.
+    """
     host, port = split_address(address)
     try:
         family, kind, protocol, _, resolved = socket.getaddrinfo(
@@ -90,6 +100,8 @@ def bind(address: str) -> socket.socket:
         sock = socket.socket(family, kind, protocol)
         try:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if shares_port:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             sock.bind(resolved)
         except BaseException:
             sock.close()

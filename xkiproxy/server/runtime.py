@@ -19,6 +19,8 @@ from xkiproxy.keystores.catalog import CatalogError
 from xkiproxy.keystores.credentials import CredentialError, load_credentials
 from xkiproxy.keystores.keystore import KeyStore
 from xkiproxy.keystores.lifecycle import due_entries, purge_due
+from xkiproxy.keystores.replay import Replay, ReplayWindow
+from xkiproxy.keystores.shared_replay import SharedReplayWindow
 from xkiproxy.keystores.signing_keys import CachedSigningKeys
 from xkiproxy.keystores.sqlite_catalog import SqliteCatalog
 from xkiproxy.kmi.base import KeyManagerError, KmiState
@@ -47,9 +49,13 @@ _MISTAKES = (
 class Runtime:
     """Everything that serves requests, but for the sockets and the audit log's file."""
 
-    def __init__(self, config: Config) -> None:
-        """Open all parts; raises ConfigError with every problem that was found."""
+    def __init__(self, config: Config, replay_table: int | None = None) -> None:
+        """Open all parts; raises ConfigError with every problem that was found.
+
+        `replay_table` is the descriptor of the replay window that worker processes share.
+        """
         self.config = config
+        self._replay_table = replay_table
         self.metrics = Metrics()
         self.condition = Condition()
         self.started = datetime.now(UTC)
@@ -87,6 +93,11 @@ class Runtime:
     def _kmi_opener(self, settings: KmiSettings) -> Callable[[], Kmi]:
         return lambda: open_kmi(settings, self.metrics)
 
+    def _replay(self, keystore: str) -> Replay:
+        if self._replay_table is None:
+            return ReplayWindow()
+        return SharedReplayWindow(self._replay_table, keystore)
+
     def _tenant_opener(self, settings: KeystoreSettings) -> Callable[[], Tenant]:
         def open_tenant() -> Tenant:
             credentials = load_credentials(settings.credentials)
@@ -95,6 +106,7 @@ class Runtime:
                 self.catalog,
                 [self.kmis[name] for name in settings.kmi],
                 CachedSigningKeys(credentials),
+                self._replay(settings.name),
                 deadline=settings.deadline_ms / 1000,
             )
             return Tenant(settings.path_prefix, PROTOCOLS[settings.protocol](settings), store)
@@ -117,14 +129,16 @@ class Runtime:
         """A deep check of every KMI."""
         await asyncio.gather(*(kmi.check() for kmi in self.kmis.values()))
 
-    async def keep_fresh(self, audit: AuditLog) -> None:
-        """Housekeeping, until cancelled."""
-        await asyncio.gather(
+    async def keep_fresh(self, audit: AuditLog, *, purges: bool) -> None:
+        """Housekeeping, until cancelled; `purges`: keys whose time has come are destroyed here."""
+        work = [
             _every(_REFRESH_SECONDS, self._refresh),
             _every(_AUDIT_SECONDS, lambda: self._check_audit(audit)),
             _every(_CHECK_SECONDS, self.check_kmis),
-            _every(_PURGE_SECONDS, self._purge),
-        )
+        ]
+        if purges:
+            work.append(_every(_PURGE_SECONDS, self._purge))
+        await asyncio.gather(*work)
 
     async def _refresh(self) -> None:
         """Take over what the command line changed: a change of state holds within a second."""

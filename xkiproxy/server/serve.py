@@ -1,4 +1,8 @@
-"""Start, serve and stop: the life of the server process."""
+"""Starting and stopping: the parts in their order, in one process or in several.
+
+With `workers = 1` one process does all. With more, each worker serves the public address with parts
+of its own (`worker.py`), and a supervisor starts them and has the admin listener (`supervisor.py`).
+"""
 
 from __future__ import annotations
 
@@ -7,18 +11,19 @@ import gc
 import logging
 import resource
 import signal
-from contextlib import AsyncExitStack, suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 
 import uvloop
-from aiohttp import web
 
 from xkiproxy import __version__
 from xkiproxy.config import Config
 from xkiproxy.observability.audit import AuditLog
-from xkiproxy.server.admin import admin_app
+from xkiproxy.server.admin import OneProcess, admin_listener
 from xkiproxy.server.gateway import Gateway
-from xkiproxy.server.listener import Listener, bind
+from xkiproxy.server.listener import Listener
 from xkiproxy.server.runtime import Runtime
+from xkiproxy.server.supervisor import supervise
 
 _log = logging.getLogger(__name__)
 
@@ -33,6 +38,7 @@ def run(config: Config) -> None:
         ConfigError: a part of the configuration cannot be used.
         AuditError: the audit log cannot be opened.
         OSError: a listener cannot be opened.
+        WorkerError: a worker process could not be started; it has said why.
     """
     uvloop.run(_serve(config))
 
@@ -40,24 +46,62 @@ def run(config: Config) -> None:
 async def _serve(config: Config) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-    _raise_file_limit(config.server.max_connections)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    async with AsyncExitStack() as stack:
-        runtime = Runtime(config)
-        stack.push_async_callback(runtime.close)
-        audit = AuditLog(config.audit.path)
-        stack.callback(audit.close)
-        await runtime.start()
-        listener = await _open_listeners(config, runtime, audit, stack)
-        housekeeping = asyncio.create_task(runtime.keep_fresh(audit))
-        stack.push_async_callback(_cancel, housekeeping)
-        stack.push_async_callback(listener.drain)
+    if config.server.workers > 1:
+        await supervise(config, stop)
+    else:
+        await _serve_alone(config, stop)
+
+
+async def _serve_alone(config: Config, stop: asyncio.Event) -> None:
+    async with (
+        running_parts(config) as (runtime, audit),
+        admin_listener(config.server.admin_listen, OneProcess(runtime)),
+        public_listener(runtime, audit) as listener,
+    ):
         scheme = "https" if config.server.tls else "http"
         _log.info("xkiproxy %s serves %s://%s:%d", __version__, scheme, *listener.address)
-        _calm_garbage_collection()
         await stop.wait()
         _log.info("stopping: requests that have begun are finished")
+
+
+@asynccontextmanager
+async def running_parts(
+    config: Config, replay_table: int | None = None
+) -> AsyncIterator[tuple[Runtime, AuditLog]]:
+    """The parts that serve requests, started; raises ConfigError or AuditError."""
+    runtime = Runtime(config, replay_table)
+    try:
+        audit = AuditLog(config.audit.path)
+        try:
+            await runtime.start()
+            yield runtime, audit
+        finally:
+            audit.close()
+    finally:
+        await runtime.close()
+
+
+@asynccontextmanager
+async def public_listener(
+    runtime: Runtime, audit: AuditLog, *, shares_port: bool = False, purges: bool = True
+) -> AsyncIterator[Listener]:
+    """Serve requests, with the housekeeping that they need; drained in the end. Raises OSError."""
+    settings = runtime.config.server
+    _raise_file_limit(settings.max_connections)
+    gateway = Gateway(runtime.tenants, audit, runtime.condition, runtime.metrics)
+    listener = Listener(gateway, settings, runtime.context, shares_port=shares_port)
+    await listener.open()
+    housekeeping = asyncio.create_task(runtime.keep_fresh(audit, purges=purges))
+    _calm_garbage_collection()
+    try:
+        yield listener
+    finally:
+        await listener.drain()
+        housekeeping.cancel()
+        with suppress(asyncio.CancelledError):
+            await housekeeping
 
 
 def _raise_file_limit(wanted: int) -> None:
@@ -81,27 +125,3 @@ def _calm_garbage_collection() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)
-
-
-async def _open_listeners(
-    config: Config, runtime: Runtime, audit: AuditLog, stack: AsyncExitStack
-) -> Listener:
-    gateway = Gateway(
-        runtime.tenants,
-        audit,
-        runtime.condition,
-        runtime.metrics,
-    )
-    admin = web.AppRunner(admin_app(runtime), access_log=None)
-    await admin.setup()
-    stack.push_async_callback(admin.cleanup)
-    await web.SockSite(admin, bind(config.server.admin_listen)).start()
-    listener = Listener(gateway, config.server, runtime.context)
-    await listener.open()
-    return listener
-
-
-async def _cancel(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    with suppress(asyncio.CancelledError):
-        await task
