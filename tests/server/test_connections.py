@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import ssl
 from pathlib import Path
@@ -58,6 +59,18 @@ async def test_keep_alive_and_new_connections(proxy: Proxy) -> None:
         writer.close()
 
 
+async def test_many_requests_whose_bodies_come_later(proxy: Proxy) -> None:
+    reader, writer = await connect(proxy)
+    for _ in range(50):
+        head, _, body = request_bytes(proxy, proxy.cloud.body()).partition(b"\r\n\r\n")
+        writer.write(head + b"\r\n\r\n" + body[:5])
+        await writer.drain()
+        await asyncio.sleep(0.002)
+        writer.write(body[5:])
+        assert (await read_answer(reader))[0] == 200
+    writer.close()
+
+
 async def test_pipelined_requests_are_answered_in_order(proxy: Proxy) -> None:
     reader, writer = await connect(proxy)
     path = f"{proxy.base}/keys/missing/meta"
@@ -67,6 +80,83 @@ async def test_pipelined_requests_are_answered_in_order(proxy: Proxy) -> None:
         + request_bytes(proxy, proxy.cloud.body())
     )
     assert [(await read_answer(reader))[0] for _ in range(3)] == [200, 404, 200]
+    writer.close()
+
+
+async def test_a_thousand_requests_in_one_go(proxy: Proxy) -> None:
+    """They are answered one by one and in order, and no more than a few are taken in at once."""
+    reader, writer = await connect(proxy)
+    paths = [f"{proxy.base}/nowhere-{number}" for number in range(1000)]
+    writer.write(b"".join(f"GET {path} HTTP/1.1\r\nhost: x\r\n\r\n".encode() for path in paths))
+    writer.write(request_bytes(proxy, proxy.cloud.body()))
+    most = 0
+    shared = proxy.listener._shared
+    assert shared is not None
+    for _ in paths:
+        assert (await read_answer(reader))[0] == 404
+        most = max(most, *(len(connection._queue) for connection in shared.connections))
+    assert (await read_answer(reader))[0] == 200
+    assert most <= 16
+    writer.close()
+
+
+async def test_an_upgrade_is_not_followed(proxy: Proxy) -> None:
+    reader, writer = await connect(proxy)
+    upgrade = b"connection: upgrade\r\nupgrade: websocket\r\n"
+    writer.write(request_bytes(proxy, proxy.cloud.body(), extra=upgrade) + b"\x81\x05hello")
+    assert (await read_answer(reader))[0] == 200
+    assert await asyncio.wait_for(reader.read(), 10) == b""
+    writer.close()
+
+
+async def test_a_head_request_gets_no_body(proxy: Proxy) -> None:
+    reader, writer = await connect(proxy)
+    writer.write(f"HEAD {proxy.base}/health HTTP/1.1\r\nhost: x\r\n\r\n".encode())
+    head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10)
+    assert head.startswith(b"HTTP/1.1 405 ")
+    writer.write(request_bytes(proxy, proxy.cloud.body()))
+    assert (await read_answer(reader))[0] == 200
+    writer.close()
+
+
+async def test_http_1_0_is_answered_and_closed(proxy: Proxy) -> None:
+    reader, writer = await connect(proxy)
+    data = request_bytes(proxy, proxy.cloud.body()).replace(b" HTTP/1.1", b" HTTP/1.0", 1)
+    writer.write(data)
+    assert (await read_answer(reader))[0] == 200
+    assert await asyncio.wait_for(reader.read(), 10) == b""
+    writer.close()
+
+
+async def test_a_client_that_does_not_read_its_answers(proxy: Proxy) -> None:
+    """It is served as far as its window goes, holds no one up, and loses nothing."""
+    reader, writer = await connect(proxy)
+    writer.transport.pause_reading()
+    count = 3000
+    path = f"{proxy.base}/nowhere"
+    writer.write(f"GET {path} HTTP/1.1\r\nhost: x\r\n\r\n".encode() * count)
+    for _ in range(20):
+        assert (await proxy.call("health")).status == 200
+        await asyncio.sleep(0.01)
+    writer.transport.resume_reading()
+    for _ in range(count):
+        assert (await read_answer(reader))[0] == 404
+    writer.close()
+
+
+async def test_a_fault_of_ours_in_the_commit_closes_and_answers_nothing(
+    proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(answers: object) -> None:
+        raise RuntimeError("planted")
+
+    reader, writer = await connect(proxy)
+    with monkeypatch.context() as patched:
+        patched.setattr(proxy.gateway, "commit", fail)
+        writer.write(request_bytes(proxy, proxy.cloud.body()))
+        with contextlib.suppress(ConnectionError, ssl.SSLError):
+            assert await asyncio.wait_for(reader.read(), 10) == b""
+    assert (await proxy.call("health")).status == 200
     writer.close()
 
 

@@ -43,7 +43,7 @@ LINGER_SECONDS = 2.0
 _log = logging.getLogger(__name__)
 
 _MAX_PIPELINED = 16
-"""With more requests waiting on a connection nothing is read from it."""
+"""With so many requests waiting on a connection no more of it is parsed, and nothing is read."""
 
 _TOGETHER = 32
 """So many answers at most leave together.
@@ -132,7 +132,14 @@ class Shared:
     def _flush(self) -> None:
         """Commit what came of the requests, then write their answers."""
         departing, self._departing = self._departing, []
-        self.gateway.commit([answer for _, answer in departing])
+        try:
+            self.gateway.commit([answer for _, answer in departing])
+        except Exception:
+            # Whatever it was: without a record no answer may leave.
+            _log.exception("answers could not be committed")
+            for connection, _ in departing:
+                connection.abort()
+            return
         for connection, answer in departing:
             connection.answer(answer)
 
@@ -146,8 +153,8 @@ class Connection(BaseProtocol):
     """See the module."""
 
     __slots__ = (
-        "_body", "_broken", "_head", "_is_last", "_queue", "_request", "_shared", "_source",
-        "expires", "state",
+        "_body", "_broken", "_head", "_is_full", "_is_last", "_queue", "_request", "_shared",
+        "_source", "expires", "state",
     )  # fmt: skip
 
     def __init__(self, shared: Shared) -> None:
@@ -159,6 +166,7 @@ class Connection(BaseProtocol):
             max_line_size=_MAX_LINE_SIZE,
             max_field_size=_MAX_LINE_SIZE,
             max_headers=_MAX_HEADERS,
+            max_msg_queue_size=_MAX_PIPELINED,
             payload_exception=RequestPayloadError,
             # A compressed body is not what was signed; it is refused as what it is, not JSON.
             auto_decompress=False,
@@ -170,6 +178,8 @@ class Connection(BaseProtocol):
         self._head: RawRequestMessage | None = None
         self._body: StreamReader = EMPTY_PAYLOAD
         self._source = ""
+        self._is_full = False
+        """The parser has stopped, and may hold what has been read already."""
         self._is_last = False
         """Nothing after what has been read is HTTP."""
         self._broken = False
@@ -212,10 +222,11 @@ class Connection(BaseProtocol):
                 self._queue.extend(messages)
             if upgraded:
                 self._is_last = True
+        if len(self._queue) >= _MAX_PIPELINED:
+            self._is_full = True
+            self._pause_transport_reading()
         if state is not State.BUSY and not self._paused:
             self._advance()
-        elif len(self._queue) > _MAX_PIPELINED:
-            self._pause_transport_reading()
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -243,6 +254,7 @@ class Connection(BaseProtocol):
                 self._wait()
                 return
             self._begin(*self._queue.popleft())
+            self._parser.message_consumed()  # type: ignore[union-attr]
         request = cast(Request, self._request)
         if not self._body.is_eof() or self._body.exception() is not None:
             request.trouble = request.trouble or self._trouble_of_body()
@@ -351,8 +363,10 @@ class Connection(BaseProtocol):
         if self._queue:
             # Not at once: a client that sends many requests in one go must not hold up the others.
             self._loop.call_soon(self._advance)
-            if len(self._queue) <= _MAX_PIPELINED // 2:
-                self._resume_transport_reading()
+        elif self._is_full:
+            self._is_full = False
+            self._resume_transport_reading()
+            self._loop.call_soon(self.data_received, b"")
         elif self._broken:
             self._wait()
 
