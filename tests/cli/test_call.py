@@ -214,7 +214,7 @@ def test_an_untrusted_certificate(run: Run, site: Site, server: Server, tmp_path
     # The configuration's certificate was renewed, but the server still has the old one.
     site.certificate.write_text(certificate)
     error = nothing_sent(server, run("call", "health", "-c", site.config))
-    assert "restart the server" in error
+    assert "xkiproxy reload" in error
     assert fingerprint in error
 
 

@@ -33,7 +33,7 @@ def test_add_prints_the_credential_once(run: Run, site: Site) -> None:
     assert re.fullmatch(r"XKI[A-Z2-7]{21}", fields["access_key_id"])
     assert re.fullmatch(r"[A-Za-z0-9_-]{43,}", fields["access_key_secret"])
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", fields["created"])
-    assert "next start" in added.err
+    assert "xkiproxy reload" in added.err
     assert ids(site) == [ACCESS_KEY_ID, fields["access_key_id"]]
     stored = load_credentials(SecretSource(file=site.credentials))
     assert stored[1].access_key_secret == fields["access_key_secret"]
@@ -71,7 +71,7 @@ def test_revoke(run: Run, site: Site) -> None:
         "access_key_id": ACCESS_KEY_ID,
         "revoked": True,
     }
-    assert "next start" in revoked.err
+    assert "xkiproxy reload" in revoked.err
     assert ids(site) == [added["access_key_id"]]
 
 

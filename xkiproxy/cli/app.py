@@ -17,6 +17,7 @@ from xkiproxy.cli import (
     init,
     keys,
     kms_config,
+    reload,
     serve,
 )
 from xkiproxy.cli.common import CommandError, err
@@ -36,6 +37,7 @@ app = typer.Typer(
 app.command("init")(init.init)
 app.command("serve")(serve.serve)
 app.command("check")(check.check)
+app.command("reload")(reload.reload)
 app.add_typer(keys.app, name="keys")
 app.add_typer(credentials.app, name="credentials")
 app.command("fingerprint")(fingerprint.fingerprint)

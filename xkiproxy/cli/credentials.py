@@ -148,5 +148,4 @@ def _file(store: KeystoreSettings) -> Path:
 
 
 def _print_when() -> None:
-    # A reload would let the change take effect at once; until there is one this must be said.
-    err.print("A running server takes this change at its next start.")
+    err.print("A running server takes this change with: xkiproxy reload")

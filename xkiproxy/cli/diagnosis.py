@@ -44,7 +44,7 @@ def _explain_certificate(error: http.CertificateError, trust: http.Trust) -> str
     if trust.certificate_sha256:
         return (
             f"{text}; expected: sha256-{trust.certificate_sha256}. If the certificate was"
-            " renewed, restart the server, and enter its fingerprint in KMS if KMS pins it"
+            " renewed, run xkiproxy reload, and enter its fingerprint in KMS if KMS pins it"
         )
     return f"{text}. If that is your server's, give --fingerprint {came}; or give --ca FILE"
 
@@ -65,7 +65,7 @@ def explain_answer(answer: Answer, date: str | None, date_errors: Mapping[str, f
 _HINTS = {
     401: (
         "Look at the access key ID and its secret (xkiproxy credentials list), and at whether the"
-        " server was restarted since the credential was added."
+        " server was reloaded (xkiproxy reload) since the credential was added."
     ),
     403: "Look at the key's state (xkiproxy keys show) and at the key store's policy.",
     404: "Look at the external proxy path (xkiproxy kms-config) and the key (xkiproxy keys list).",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 from collections.abc import Callable, Iterable
 
 from xkiproxy.keystores.credentials import Credential
 
 _MAX_CACHED = 1024
+_DIGEST_KEY = secrets.token_bytes(32)
 
 
 class CachedSigningKeys:
@@ -21,6 +23,17 @@ class CachedSigningKeys:
         self._secrets = {c.access_key_id: c.access_key_secret for c in credentials}
         self._nobodys_secret = secrets.token_urlsafe(32)
         self._cache: dict[tuple[str | None, str], bytes] = {}
+
+    @property
+    def identities(self) -> dict[str, bytes]:
+        """The access keys that are known, each with a digest that tells of a change of its secret.
+
+        The digest is keyed anew in every process: it says nothing of the secret.
+        """
+        return {
+            name: hashlib.blake2b(secret.encode(), key=_DIGEST_KEY).digest()
+            for name, secret in self._secrets.items()
+        }
 
     def get(
         self, access_key_id: str, scope: str, derive: Callable[[str], bytes]

@@ -78,6 +78,7 @@ class Metrics:
             "xkiproxy_tls_certificate_expiry_timestamp_seconds", "When the certificate expires.",
             "listener", is_common=True,
         )  # fmt: skip
+        self.reloads = counter("xkiproxy_reloads", "Reloads of the configuration.", "outcome")
         self.worker_restarts = counter("xkiproxy_worker_restarts", "Worker processes replaced.")
         audit_records = counter("xkiproxy_audit_records", "Audit records written.")
         self.audit_records = audit_records.labels()

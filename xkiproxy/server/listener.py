@@ -37,6 +37,7 @@ class Listener:
         self._settings = settings
         self._context = context
         self._shared: Shared | None = None
+        self._socket: socket.socket | None = None
         self._server: asyncio.Server | None = None
         self._watch: asyncio.Task[None] | None = None
         self.address: tuple[str, int] = ("", 0)
@@ -44,17 +45,38 @@ class Listener:
     async def open(self) -> None:
         """Bind and accept; raises OSError."""
         loop = asyncio.get_running_loop()
+        self._socket = bind(self._settings.listen, shares_port=self._shares_port)
+        self._shared = Shared(self._gateway, self._settings, loop)
+        self._server = await self._accept(self._shared)
+        self._watch = loop.create_task(_watch_over(self._shared))
+        self.address = self._socket.getsockname()[:2]
+
+    async def use(self, context: ssl.SSLContext | None) -> None:
+        """Meet new connections with another context; raises OSError, and then nothing changes."""
+        if self._shared is None or self._server is None:
+            return
+        before, self._context = self._context, context
+        try:
+            server = await self._accept(self._shared)
+        except BaseException:
+            self._context = before
+            raise
+        # Both accept from the same queue of the kernel: no client notices.
+        self._server.close()
+        self._server = server
+
+    async def _accept(self, shared: Shared) -> asyncio.Server:
         timeouts: dict[str, Any] = {}
         if self._context is not None:
             timeouts["ssl_handshake_timeout"] = self._settings.handshake_timeout_seconds
-        shared = Shared(self._gateway, self._settings, loop)
-        sock = bind(self._settings.listen, shares_port=self._shares_port)
-        self._server = await loop.create_server(
-            lambda: Connection(shared), sock=sock, ssl=self._context, backlog=_BACKLOG, **timeouts
+        assert self._socket is not None  # noqa: S101 - open() comes first
+        return await shared.loop.create_server(
+            lambda: Connection(shared),
+            sock=self._socket.dup(),
+            ssl=self._context,
+            backlog=_BACKLOG,
+            **timeouts,
         )
-        self._shared = shared
-        self._watch = loop.create_task(_watch_over(shared))
-        self.address = sock.getsockname()[:2]
 
     async def drain(self) -> None:
         """Stop accepting, let requests that have begun finish, and close all connections."""
@@ -62,6 +84,8 @@ class Listener:
             return
         self._gateway.draining = True
         self._server.close()
+        if self._socket is not None:
+            self._socket.close()
         connections = self._shared.connections
         deadline = asyncio.get_running_loop().time() + self._settings.shutdown_timeout_seconds
         while connections and asyncio.get_running_loop().time() < deadline:

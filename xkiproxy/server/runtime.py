@@ -5,14 +5,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import ssl
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, TypeVar
 
+from cryptography.hazmat.primitives import hashes
+
 from xkiproxy import __version__
-from xkiproxy.config import Config, ConfigError, Problem
-from xkiproxy.config.models import KeystoreSettings, KmiSettings
+from xkiproxy.config import Config, ConfigError, Problem, load_config
+from xkiproxy.config.models import KeystoreSettings
 from xkiproxy.config.secrets import SecretError
 from xkiproxy.crypto.operations import OperationError
 from xkiproxy.keystores.catalog import CatalogError
@@ -24,13 +28,13 @@ from xkiproxy.keystores.shared_replay import SharedReplayWindow
 from xkiproxy.keystores.signing_keys import CachedSigningKeys
 from xkiproxy.keystores.sqlite_catalog import SqliteCatalog
 from xkiproxy.kmi.base import KeyManagerError, KmiState
-from xkiproxy.kmi.dispatcher import Kmi
 from xkiproxy.kmi.registry import open_key_manager, open_kmi
 from xkiproxy.observability.audit import AuditError, AuditLog
 from xkiproxy.observability.metrics import Metrics
 from xkiproxy.protocols.registry import PROTOCOLS
 from xkiproxy.server.condition import Condition
 from xkiproxy.server.gateway import Tenant
+from xkiproxy.server.reload import Change, History, describe, fixed_differences
 from xkiproxy.server.tls import TlsError, load_certificate, server_context
 
 _log = logging.getLogger(__name__)
@@ -49,69 +53,88 @@ _MISTAKES = (
 class Runtime:
     """Everything that serves requests, but for the sockets and the audit log's file."""
 
-    def __init__(self, config: Config, replay_table: int | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        replay_table: int | None = None,
+        load: Callable[[], Config] | None = None,
+    ) -> None:
         """Open all parts; raises ConfigError with every problem that was found.
 
-        `replay_table` is the descriptor of the replay window that worker processes share.
+        `replay_table` is the descriptor of the replay window that worker processes share. `load`
+        reads the configuration anew, for a reload.
         """
         self.config = config
-        self._replay_table = replay_table
         self.metrics = Metrics()
         self.condition = Condition()
+        self.history = History()
         self.started = datetime.now(UTC)
+        self._replay_table = replay_table
+        self._load = load or (lambda: load_config(config.path))
         self._revision = 0
-        self._problems: list[Problem] = []
-        self.context = self._try("server.tls", self._tls_context)
-        self.catalog = self._try("catalog.path", lambda: SqliteCatalog(config.catalog.path))
+        opening = _Opening(config)
+        self.catalog = opening.open("catalog.path", lambda: SqliteCatalog(config.catalog.path))
         self.kmis = {
-            kmi.name: self._try(f"kmi[{i}]", self._kmi_opener(kmi))
+            kmi.name: opening.open(f"kmi[{i}]", partial(open_kmi, kmi, self.metrics))
             for i, kmi in enumerate(config.kmi)
         }
-        self.tenants = [
-            self._try(f"keystore[{i}]", self._tenant_opener(settings))
+        self.tenants: list[Tenant] = []
+        self.certificate = ""
+        self.context: ssl.SSLContext | None = None
+        self.apply(self._open_changeable(config, opening))
+
+    def _open_changeable(self, config: Config, opening: _Opening) -> Change:
+        """What a reload may exchange; raises ConfigError, also with what was found before."""
+        context = opening.open("server.tls", lambda: _tls_context(config))
+        certificate = opening.open("server.tls", lambda: _fingerprint(config))
+        tenants = [
+            opening.open(f"keystore[{i}]", partial(self._open_tenant, settings))
             for i, settings in enumerate(config.keystore)
         ]
-        if self._problems:
-            raise ConfigError(config.path, self._problems)
+        opening.finish()
+        return Change(config, tenants, context, certificate, [])
 
-    def _try(self, where: str, open_part: Callable[[], _Part]) -> _Part:
-        """Open a part; a mistake is noted, so that one run finds all of them."""
-        try:
-            return open_part()
-        except _MISTAKES as error:
-            self._problems.append(Problem(where, str(error)))
-            return None  # type: ignore[return-value] # nothing is used once there are problems
+    def prepare(self) -> Change:
+        """Read the configuration anew and open what it may change; raises ConfigError."""
+        config = self._load()
+        opening = _Opening(config)
+        opening.problems.extend(fixed_differences(self.config, config))
+        change = self._open_changeable(config, opening)
+        change.described.extend(describe(self.config, self.tenants, self.certificate, change))
+        return change
 
-    def _tls_context(self) -> Any:
-        tls = self.config.server.tls
-        if tls is None:
-            return None
-        expiry = load_certificate(tls.certificate).not_valid_after_utc
-        self.metrics.certificate_expiry.labels("public").set(expiry.timestamp())
-        return server_context(tls)
+    def apply(self, change: Change) -> None:
+        """Take over what `prepare` has opened."""
+        self.config = change.config
+        self.tenants = change.tenants
+        self.context = change.context
+        self.certificate = change.certificate
+        tls = change.config.server.tls
+        if tls is not None:
+            expiry = load_certificate(tls.certificate).not_valid_after_utc
+            self.metrics.certificate_expiry.labels("public").set(expiry.timestamp())
 
-    def _kmi_opener(self, settings: KmiSettings) -> Callable[[], Kmi]:
-        return lambda: open_kmi(settings, self.metrics)
+    def _open_tenant(self, settings: KeystoreSettings) -> Tenant:
+        credentials = load_credentials(settings.credentials)
+        store = KeyStore(
+            settings.name,
+            self.catalog,
+            # One that is not there has been named as a problem.
+            [self.kmis[name] for name in settings.kmi if name in self.kmis],
+            CachedSigningKeys(credentials),
+            self._replay(settings.name),
+            deadline=settings.deadline_ms / 1000,
+        )
+        return Tenant(settings.path_prefix, PROTOCOLS[settings.protocol](settings), store)
 
     def _replay(self, keystore: str) -> Replay:
+        """The replay window of a key store: the one that it has already, if it has one."""
+        for tenant in self.tenants:
+            if tenant.store.name == keystore:
+                return tenant.store.replay
         if self._replay_table is None:
             return ReplayWindow()
         return SharedReplayWindow(self._replay_table, keystore)
-
-    def _tenant_opener(self, settings: KeystoreSettings) -> Callable[[], Tenant]:
-        def open_tenant() -> Tenant:
-            credentials = load_credentials(settings.credentials)
-            store = KeyStore(
-                settings.name,
-                self.catalog,
-                [self.kmis[name] for name in settings.kmi],
-                CachedSigningKeys(credentials),
-                self._replay(settings.name),
-                deadline=settings.deadline_ms / 1000,
-            )
-            return Tenant(settings.path_prefix, PROTOCOLS[settings.protocol](settings), store)
-
-        return open_tenant
 
     async def close(self) -> None:
         """Close what was opened."""
@@ -184,6 +207,7 @@ class Runtime:
             "started": self.started.isoformat(timespec="seconds"),
             "ready": not self.problems(),
             "problems": self.problems(),
+            "reload": self.history.status(),
             "keystores": [_store_status(tenant) for tenant in self.tenants],
             "kmis": [
                 {
@@ -198,6 +222,41 @@ class Runtime:
                 for kmi in self.kmis.values()
             ],
         }
+
+
+class _Opening:
+    """Opens parts and collects what is wrong with them, so that one run finds all mistakes."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self.problems: list[Problem] = []
+
+    def open(self, where: str, open_part: Callable[[], _Part]) -> _Part:
+        """Open a part; a mistake is noted."""
+        try:
+            return open_part()
+        except _MISTAKES as error:
+            problem = Problem(where, str(error))
+            if problem not in self.problems:
+                self.problems.append(problem)
+            return None  # type: ignore[return-value] # nothing is used once there are problems
+
+    def finish(self) -> None:
+        """Raise ConfigError if there was a mistake."""
+        if self.problems:
+            raise ConfigError(self._config.path, self.problems)
+
+
+def _tls_context(config: Config) -> ssl.SSLContext | None:
+    tls = config.server.tls
+    return None if tls is None else server_context(tls)
+
+
+def _fingerprint(config: Config) -> str:
+    tls = config.server.tls
+    if tls is None:
+        return ""
+    return f"sha256-{load_certificate(tls.certificate).fingerprint(hashes.SHA256()).hex()}"
 
 
 def _store_status(tenant: Tenant) -> dict[str, Any]:

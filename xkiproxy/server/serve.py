@@ -11,17 +11,19 @@ import gc
 import logging
 import resource
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
+from datetime import UTC, datetime
 
 import uvloop
 
 from xkiproxy import __version__
-from xkiproxy.config import Config
-from xkiproxy.observability.audit import AuditLog
+from xkiproxy.config import Config, ConfigError, Problem
+from xkiproxy.observability.audit import AuditError, AuditLog, encode
 from xkiproxy.server.admin import OneProcess, admin_listener
 from xkiproxy.server.gateway import Gateway
 from xkiproxy.server.listener import Listener
+from xkiproxy.server.reload import Change, texts
 from xkiproxy.server.runtime import Runtime
 from xkiproxy.server.supervisor import supervise
 
@@ -58,20 +60,77 @@ async def _serve_alone(config: Config, stop: asyncio.Event) -> None:
     async with (
         running_parts(config) as (runtime, audit),
         admin_listener(config.server.admin_listen, OneProcess(runtime)),
-        public_listener(runtime, audit) as listener,
+        public_side(runtime, audit) as public,
     ):
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGHUP, lambda: loop.create_task(public.reload()))
         scheme = "https" if config.server.tls else "http"
-        _log.info("xkiproxy %s serves %s://%s:%d", __version__, scheme, *listener.address)
+        _log.info("xkiproxy %s serves %s://%s:%d", __version__, scheme, *public.listener.address)
         await stop.wait()
         _log.info("stopping: requests that have begun are finished")
 
 
+class PublicSide:
+    """The public listener and what it serves, exchanged as one."""
+
+    def __init__(
+        self, runtime: Runtime, audit: AuditLog, gateway: Gateway, listener: Listener
+    ) -> None:
+        self.listener = listener
+        self._runtime = runtime
+        self._audit = audit
+        self._gateway = gateway
+        self._reloading = asyncio.Lock()
+
+    async def reload(self) -> None:
+        """Take over the configuration as it is now, whole or not at all; tells what came of it."""
+        async with self._reloading:
+            try:
+                change = await self.prepare()
+                await self.apply(change)
+            except ConfigError as error:
+                self.note(texts(error), [])
+            except OSError as error:
+                self.note([f"server.listen: {error.strerror}"], [])
+
+    async def prepare(self) -> Change:
+        """Open and check what has changed; raises ConfigError."""
+        try:
+            # In a thread: certificates and credentials are read from disks that may be slow.
+            return await asyncio.to_thread(self._runtime.prepare)
+        except ConfigError:
+            raise
+        except Exception:
+            _log.exception("the reload failed")
+            path = self._runtime.config.path
+            raise ConfigError(path, [Problem("", "an internal error: see the log")]) from None
+
+    async def apply(self, change: Change) -> None:
+        """Exchange; raises OSError, and then nothing is exchanged."""
+        await self.listener.use(change.context)
+        self._runtime.apply(change)
+        self._gateway.serve(change.tenants)
+        self.note([], change.described)
+
+    def note(self, problems: Sequence[str], changes: Sequence[str]) -> None:
+        """What came of a reload goes to the log, to the audit log, to metrics and to /status."""
+        self._runtime.history.add(problems, changes)
+        outcome = "failed" if problems else "ok"
+        self._runtime.metrics.reloads.labels(outcome).inc()
+        event = {"time": datetime.now(UTC), "event": f"reload_{outcome}"}
+        details = {"problems": problems} if problems else {"changes": changes}
+        with suppress(AuditError):  # housekeeping meets the same error and stops serving
+            self._audit.append(encode({**event, **details}))
+
+
 @asynccontextmanager
 async def running_parts(
-    config: Config, replay_table: int | None = None
+    config: Config,
+    replay_table: int | None = None,
+    load: Callable[[], Config] | None = None,
 ) -> AsyncIterator[tuple[Runtime, AuditLog]]:
-    """The parts that serve requests, started; raises ConfigError or AuditError."""
-    runtime = Runtime(config, replay_table)
+    """The parts that serve requests, started; raises ConfigError or AuditError. See `Runtime`."""
+    runtime = Runtime(config, replay_table, load)
     try:
         audit = AuditLog(config.audit.path)
         try:
@@ -84,9 +143,9 @@ async def running_parts(
 
 
 @asynccontextmanager
-async def public_listener(
+async def public_side(
     runtime: Runtime, audit: AuditLog, *, shares_port: bool = False, purges: bool = True
-) -> AsyncIterator[Listener]:
+) -> AsyncIterator[PublicSide]:
     """Serve requests, with the housekeeping that they need; drained in the end. Raises OSError."""
     settings = runtime.config.server
     _raise_file_limit(settings.max_connections)
@@ -96,7 +155,7 @@ async def public_listener(
     housekeeping = asyncio.create_task(runtime.keep_fresh(audit, purges=purges))
     _calm_garbage_collection()
     try:
-        yield listener
+        yield PublicSide(runtime, audit, gateway, listener)
     finally:
         await listener.drain()
         housekeeping.cancel()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from xkiproxy.observability.metrics import Metrics
 from xkiproxy.observability.series import Snapshot, from_json
 from xkiproxy.server.admin import admin_listener
 from xkiproxy.server.listener import bind
+from xkiproxy.server.reload import History
 
 _log = logging.getLogger(__name__)
 
@@ -81,7 +83,8 @@ class Supervisor:
         self._started = datetime.now(UTC)
         self._address = ""
         self._table = -1
-        self._stopping = False
+        self._history = History()
+        self._reloading = asyncio.Lock()
 
     async def run(self, stop: asyncio.Event) -> None:
         """See `supervise`."""
@@ -98,11 +101,12 @@ class Supervisor:
             count = len(self._workers)
             _log.info("xkiproxy %s serves %s://%s:%d with %d workers",
                       __version__, scheme, host, port, count)  # fmt: skip
+            loop = asyncio.get_running_loop()
+            loop.add_signal_handler(signal.SIGHUP, lambda: loop.create_task(self.reload()))
             keepers = [asyncio.create_task(self._keep(worker)) for worker in self._workers]
             await stop.wait()
             _log.info("stopping: requests that have begun are finished")
         finally:
-            self._stopping = True
             for keeper in keepers:
                 keeper.cancel()
             await asyncio.gather(*keepers, return_exceptions=True)
@@ -171,19 +175,36 @@ class Supervisor:
 
     async def _ask(self, worker: _Worker) -> bool:
         """Take a new report; False if none came."""
-        async with worker.asking:
-            if worker.reader is None or worker.writer is None:
-                return False
-            try:
-                worker.writer.write(b"?\n")
-                async with asyncio.timeout(_ANSWER_SECONDS):
-                    line = await worker.reader.readline()
-            except (OSError, TimeoutError):
-                return False
-            if not line:
-                return False
-            worker.report = orjson.loads(line)
-            return True
+        report = await _say(worker, b"report")
+        if report is None:
+            return False
+        worker.report = report
+        return True
+
+    async def reload(self) -> None:
+        """Let all workers take over a changed configuration, or none of them.
+
+        Each opens and checks it first. What could still go wrong afterwards is a worker that ends:
+        the one that replaces it reads the new configuration.
+        """
+        async with self._reloading:
+            prepared = await self._tell_all(b"prepare")
+            problems = prepared or await self._tell_all(b"apply")
+            changes: list[str] = []
+            if not problems:
+                await asyncio.gather(*(self._ask(worker) for worker in self._workers))
+                reports = list(self._reports())
+                changes = reports[0]["status"]["reload"]["changes"] if reports else []
+            self._history.add(problems, changes)
+
+    async def _tell_all(self, command: bytes) -> list[str]:
+        """The problems that workers have with a command, each once."""
+        answers = await asyncio.gather(*(_say(worker, command) for worker in self._workers))
+        found: dict[str, None] = {}
+        for worker, answer in zip(self._workers, answers, strict=True):
+            problems = [f"{worker.name} does not answer"] if answer is None else answer
+            found.update(dict.fromkeys(problems))
+        return list(found)
 
     def _bury(self, worker: _Worker) -> None:
         """Keep what an ended worker had counted."""
@@ -238,6 +259,7 @@ class Supervisor:
             "started": self._started.isoformat(timespec="seconds"),
             "ready": not problems,
             "problems": problems,
+            "reload": self._history.status(),
             "workers": [
                 None if worker.report is None else worker.report["status"]
                 for worker in self._workers
@@ -248,6 +270,20 @@ class Supervisor:
         for worker in self._workers:
             if worker.report is not None:
                 yield worker.report
+
+
+async def _say(worker: _Worker, command: bytes) -> Any:
+    """What a worker answers; None if it does not."""
+    async with worker.asking:
+        if worker.reader is None or worker.writer is None:
+            return None
+        try:
+            worker.writer.write(command + b"\n")
+            async with asyncio.timeout(_ANSWER_SECONDS):
+                line = await worker.reader.readline()
+        except (OSError, TimeoutError):
+            return None
+        return orjson.loads(line) if line else None
 
 
 def _with_one_state(snapshot: Snapshot) -> Snapshot:

@@ -2,9 +2,11 @@
 
     python -m xkiproxy.server.worker CONFIG INDEX ADDRESS CHANNEL REPLAY_TABLE
 
-CHANNEL and REPLAY_TABLE are descriptors that the supervisor passes on. Over the channel go lines:
-`?` asks for a report, which is a JSON object; the first report is sent without being asked, when
-the worker serves. When the channel ends, or on SIGTERM, requests that have begun are finished.
+CHANNEL and REPLAY_TABLE are descriptors that the supervisor passes on. Over the channel go lines,
+each answered by one: `report` by a report, which is a JSON object (the first is sent without being
+asked, when the worker serves); `prepare` by a list of problems with the changed configuration;
+`apply` by a list too, when what was prepared has been taken over. When the channel ends, or on
+SIGTERM, requests that have begun are finished.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import logging
 import signal
 import socket
 import sys
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,9 @@ from xkiproxy.config import Config, ConfigError, load_config
 from xkiproxy.observability.audit import AuditError
 from xkiproxy.observability.logging import configure_logging
 from xkiproxy.observability.series import to_json
+from xkiproxy.server.reload import Change, texts
 from xkiproxy.server.runtime import Runtime
+from xkiproxy.server.serve import PublicSide, public_side, running_parts
 
 _log = logging.getLogger(__name__)
 
@@ -39,48 +44,82 @@ def main() -> None:
     config = load_config(Path(file))
     configure_logging(config.log.level, config.log.format)
     setproctitle(f"xkiproxy: worker {int(index) + 1}")
-    own = config.share(int(index))
-    own = own.model_copy(update={"server": own.server.model_copy(update={"listen": address})})
+
+    def load() -> Config:
+        own = load_config(Path(file)).share(int(index))
+        server = own.server.model_copy(update={"listen": address})
+        return own.model_copy(update={"server": server})
+
     try:
-        uvloop.run(_serve(own, int(index), int(channel), int(table)))
+        uvloop.run(_serve(load, int(index), int(channel), int(table)))
     except (AuditError, ConfigError, OSError) as error:
         _log.error("worker %d cannot start: %s", int(index) + 1, error)
         sys.exit(FAILED)
 
 
-async def _serve(config: Config, index: int, channel: int, table: int) -> None:
-    from xkiproxy.server.serve import public_listener, running_parts  # noqa: PLC0415 - a cycle
-
+async def _serve(load: Callable[[], Config], index: int, channel: int, table: int) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, stop.set)
+    loop.add_signal_handler(signal.SIGHUP, lambda: None)  # the supervisor says when to reload
     reader, writer = await asyncio.open_connection(sock=socket.socket(fileno=channel))
     async with (
-        running_parts(config, table) as (runtime, audit),
-        public_listener(runtime, audit, shares_port=True, purges=index == 0),
+        running_parts(load(), table, load) as (runtime, audit),
+        public_side(runtime, audit, shares_port=True, purges=index == 0) as public,
     ):
-        answering = asyncio.create_task(_answer(runtime, reader, writer, stop))
+        obeying = asyncio.create_task(_Obedience(runtime, public).run(reader, writer, stop))
         await stop.wait()
-        answering.cancel()
+        obeying.cancel()
 
 
-async def _answer(
-    runtime: Runtime,
-    reader: asyncio.StreamReader,
-    writer: asyncio.StreamWriter,
-    stop: asyncio.Event,
-) -> None:
-    """Report at once and then whenever asked; the end of the channel is the end of the worker."""
-    try:
-        while True:
-            writer.write(orjson.dumps(_report(runtime)) + b"\n")
-            await writer.drain()
-            if not await reader.readline():
-                return
-    except ConnectionError:
-        return
-    finally:
-        stop.set()
+class _Obedience:
+    """Does what the supervisor says."""
+
+    def __init__(self, runtime: Runtime, public: PublicSide) -> None:
+        self._runtime = runtime
+        self._public = public
+        self._change: Change | None = None
+        self._commands: dict[bytes, Callable[[], Awaitable[Any]]] = {
+            b"report": self._report,
+            b"prepare": self._prepare,
+            b"apply": self._apply,
+        }
+
+    async def run(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, stop: asyncio.Event
+    ) -> None:
+        """Report, and then answer line by line; the end of the channel is the end of the worker."""
+        try:
+            line = b"report"
+            while line:
+                answer = await self._commands[line.strip()]()
+                writer.write(orjson.dumps(answer) + b"\n")
+                await writer.drain()
+                line = await reader.readline()
+        except ConnectionError:
+            return
+        finally:
+            stop.set()
+
+    async def _report(self) -> dict[str, Any]:
+        return _report(self._runtime)
+
+    async def _prepare(self) -> list[str]:
+        try:
+            self._change = await self._public.prepare()
+        except ConfigError as error:
+            return texts(error)
+        return []
+
+    async def _apply(self) -> list[str]:
+        change, self._change = self._change, None
+        if change is None:
+            return ["nothing was prepared"]
+        try:
+            await self._public.apply(change)
+        except OSError as error:
+            return [f"server.listen: {error.strerror}"]
+        return []
 
 
 def _report(runtime: Runtime) -> dict[str, Any]:

@@ -1,0 +1,202 @@
+"""A changed configuration taken over by a running server: whole or not at all, nothing lost."""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import json
+import random
+import ssl
+import threading
+import time
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cloud import Cloud
+from harness import make_certificate
+from test_end_to_end import BASE, Installation
+from test_workers import Workers
+
+SECOND = """
+[[keystore]]
+name = "second"
+protocol = "xki"
+path_prefix = "/second"
+kmi = ["local"]
+credentials = "credentials/demo.toml"
+deadline_ms = 5000
+"""
+
+
+@pytest.fixture(params=[1, 2], ids=["one process", "two workers"])
+def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Workers]:
+    made = Workers(tmp_path / "demo", request.param)
+    made.start()
+    yield made
+    made.stop()
+
+
+def reload(server: Installation) -> list[str]:
+    changes: list[str] = json.loads(server.run("reload", "--json").stdout)["changes"]
+    return changes
+
+
+def refused(server: Installation) -> str:
+    done = server.run("reload", status=1)
+    assert "nothing was changed" in done.stderr
+    return done.stderr
+
+
+def everywhere(server: Installation, cloud: Cloud) -> set[int]:
+    """The answers to some requests, on connections of their own: they reach all workers."""
+    path, answers = f"{BASE}/health", set()
+    for _ in range(12):
+        body = cloud.body()
+        answers.add(server.send(path, body, cloud.headers(path, body))[0])
+    return answers
+
+
+def presented(server: Installation) -> str:
+    pem = ssl.get_server_certificate(("localhost", server.port))
+    return hashlib.sha256(ssl.PEM_cert_to_DER_cert(pem)).hexdigest()
+
+
+def test_credentials_are_rotated(server: Workers) -> None:
+    added = json.loads(server.run("credentials", "add", "--json").stdout)
+    host = server.cloud.host
+    fresh = Cloud(added["access_key_id"], added["access_key_secret"], host=host)
+    assert everywhere(server, fresh) == {401}
+    assert reload(server) == [f"key store demo has the new credential {fresh.access_key_id}"]
+    assert everywhere(server, fresh) == {200} == everywhere(server, server.cloud)
+    server.run("credentials", "revoke", server.cloud.access_key_id)
+    (change,) = reload(server)
+    assert change == f"key store demo has the credential {server.cloud.access_key_id} no more"
+    assert everywhere(server, server.cloud) == {401}
+    assert everywhere(server, fresh) == {200}
+    assert reload(server) == []
+
+
+def test_the_certificate_is_replaced(server: Workers) -> None:
+    """Connections that are there stay and are served; new ones meet the new certificate."""
+    old = http.client.HTTPSConnection("localhost", server.port, context=server.trust, timeout=30)
+    old.connect()
+    before = presented(server)
+    make_certificate(server.directory / "tls")
+    changes = reload(server)
+    after = presented(server)
+    assert changes == [f"the certificate is now sha256-{after}"]
+    assert after != before
+    assert {presented(server) for _ in range(12)} == {after}
+    path, body = f"{BASE}/health", server.cloud.body()
+    old.request("POST", path, body, server.cloud.headers(path, body))
+    assert old.getresponse().read().startswith(b'{"RequestId"')
+    old.close()
+
+
+def test_key_stores_come_and_go(server: Workers) -> None:
+    original = server.config.read_text()
+    path = "/second/kms/xki/v1/health"
+
+    def ask() -> int:
+        body = server.cloud.body()
+        return server.send(path, body, server.cloud.headers(path, body))[0]
+
+    assert ask() == 404
+    server.config.write_text(original + SECOND)
+    assert reload(server) == ["key store second is new"]
+    assert {ask() for _ in range(8)} == {200}
+    server.config.write_text(original.replace("deadline_ms = 5000", "deadline_ms = 4000"))
+    assert set(reload(server)) == {
+        "key store second is no more",
+        "the settings of key store demo have changed",
+    }
+    assert {ask() for _ in range(8)} == {404}
+
+
+def test_a_replay_is_refused_after_a_reload_too(server: Workers) -> None:
+    path, body = f"{BASE}/health", server.cloud.body()
+    headers = server.cloud.headers(path, body)
+    assert server.send(path, body, headers)[0] == 200
+    server.run("credentials", "add")
+    reload(server)
+    assert {server.send(path, body, headers)[0] for _ in range(6)} == {401}
+
+
+def test_a_mistake_changes_nothing_and_is_named(server: Workers) -> None:
+    original = server.config.read_text()
+    credentials = server.directory / "credentials" / "demo.toml"
+    certificate = server.directory / "tls" / "server.crt"
+    saved = {file: file.read_text() for file in (server.config, credentials, certificate)}
+    before = presented(server)
+    server.run("credentials", "add")  # good, beside something bad: it is not taken either
+    added = tomllib.loads(credentials.read_text())["credential"][-1]
+    fresh = Cloud(added["access_key_id"], added["access_key_secret"], host=server.cloud.host)
+    good = credentials.read_text()
+    broken = [
+        (server.config, original + "nonsense", "not valid TOML"),
+        (server.config, original + SECOND.replace("local", "no"), "keystore[1].kmi[0]"),
+        (server.config, original.replace('"local"', '"other"'), "kmi: cannot change"),
+        (server.config, original.replace("workers = ", "workers = 1"), "server.workers: cannot"),
+        (credentials, "[[credential]]\n", "keystore[0]"),
+        (certificate, "nonsense", "server.tls"),
+    ]
+    random.shuffle(broken)
+    for file, text, named in broken:
+        file.write_text(text)
+        assert named in refused(server), text
+        file.write_text(good if file == credentials else saved[file])
+        assert everywhere(server, server.cloud) == {200}
+        assert everywhere(server, fresh) == {401}
+        assert presented(server) == before
+    assert any(record.get("event") == "reload_ok" for record in server.records()) is False
+    reload(server)
+    assert everywhere(server, fresh) == {200}
+
+
+def test_under_load_nothing_is_lost(server: Workers) -> None:
+    """Credentials, certificates and key stores change; clients see no error."""
+    original = server.config.read_text()
+    trust = ssl.create_default_context()
+    trust.check_hostname, trust.verify_mode = False, ssl.CERT_NONE
+    outcomes: list[int] = []
+    stopping = threading.Event()
+
+    def client(keeps: bool) -> None:
+        connection = None
+        while not stopping.is_set():
+            if connection is None or not keeps:
+                connection = http.client.HTTPSConnection(
+                    "localhost", server.port, context=trust, timeout=30
+                )
+            path, body = f"{BASE}/health", server.cloud.body()
+            connection.request("POST", path, body, server.cloud.headers(path, body))
+            answer = connection.getresponse()
+            answer.read()
+            outcomes.append(answer.status)
+            if not keeps:
+                connection.close()
+
+    threads = [threading.Thread(target=client, args=(keeps,)) for keeps in (True, True, False)]
+    for thread in threads:
+        thread.start()
+    for round_ in range(4):
+        server.run("credentials", "add", "--keystore", "demo")
+        make_certificate(server.directory / "tls")
+        server.config.write_text(original + (SECOND if round_ % 2 == 0 else ""))
+        assert len(reload(server)) == 3
+        time.sleep(0.1)
+    stopping.set()
+    for thread in threads:
+        thread.join()
+    assert len(outcomes) > 100
+    assert set(outcomes) == {200}
+    events = [record for record in server.records() if record.get("event") == "reload_ok"]
+    assert len(events) >= 4
+    assert not any(server.cloud.secret in json.dumps(event) for event in events)
+
+
+def test_without_a_server(tmp_path: Path) -> None:
+    made = Installation(tmp_path / "demo")
+    assert "is the server running?" in made.run("reload", status=1).stderr
