@@ -113,6 +113,8 @@ class Shared:
         """Work on what has arrived, one after the other; the loop must not be held up by it."""
         arrived = self._arrived
         count = min(len(arrived), _AT_ONCE)
+        if count == 0:
+            return
         began = self.loop.time()
         for _ in range(count):
             connection, request = arrived.popleft()

@@ -101,6 +101,7 @@ class _Head:
 
     algorithm: SignatureAlgorithm
     access_key_id: str
+    access_key_bytes: bytes
     date: str
     region: str
     product: str
@@ -143,7 +144,7 @@ def verify(request: SignedRequest, keys: SigningKeys, now: float) -> Identity:
     if not (head.is_complete and 1 <= len(nonce) <= _MAX_NONCE_SIZE):
         raise _unauthorized("unsigned_header")
     claimed = headers.get(_ACCESS_KEY_HEADER)
-    if claimed and claimed.decode("latin-1") != head.access_key_id:
+    if claimed and claimed != head.access_key_bytes:
         raise _unauthorized("unknown_access_key")
     try:
         lines = head.signed.lines(headers)
@@ -261,6 +262,7 @@ def _parse_head(value: bytes) -> _Head:
     return _Head(
         algorithm=algorithm,
         access_key_id=match["access_key_id"],
+        access_key_bytes=match["access_key_id"].encode("latin-1"),
         date=match["date"],
         region=match["region"],
         product=match["product"],
