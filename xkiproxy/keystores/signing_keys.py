@@ -8,6 +8,9 @@ from collections.abc import Callable, Iterable
 
 from xkiproxy.keystores.credentials import Credential
 
+Mac = Callable[[bytes], bytes]
+"""See `xkiproxy.protocols.base`."""
+
 _MAX_CACHED = 1024
 _DIGEST_KEY = secrets.token_bytes(32)
 
@@ -22,7 +25,7 @@ class CachedSigningKeys:
     def __init__(self, credentials: Iterable[Credential]) -> None:
         self._secrets = {c.access_key_id: c.access_key_secret for c in credentials}
         self._nobodys_secret = secrets.token_urlsafe(32)
-        self._cache: dict[tuple[str | None, str], bytes] = {}
+        self._cache: dict[tuple[str | None, str], Mac] = {}
 
     @property
     def identities(self) -> dict[str, bytes]:
@@ -35,9 +38,7 @@ class CachedSigningKeys:
             for name, secret in self._secrets.items()
         }
 
-    def get(
-        self, access_key_id: str, scope: str, derive: Callable[[str], bytes]
-    ) -> tuple[bool, bytes]:
+    def get(self, access_key_id: str, scope: str, derive: Callable[[str], Mac]) -> tuple[bool, Mac]:
         """See `xkiproxy.protocols.base.SigningKeys`."""
         known = access_key_id in self._secrets
         owner = access_key_id if known else None

@@ -99,13 +99,15 @@ class Caller:
     via_service: str = ""
 
 
-class SigningKeys(Interface):
-    """Derived signing keys of the credentials of a key store."""
+Mac = Callable[[bytes], bytes]
+"""A message authentication code under a key: of some bytes, in lower-case hex."""
 
-    def get(
-        self, access_key_id: str, scope: str, derive: Callable[[str], bytes]
-    ) -> tuple[bool, bytes]:
-        """(whether the access key is known, the key that `derive` makes of its secret).
+
+class SigningKeys(Interface):
+    """Derived signing keys of the credentials of a key store, ready for use."""
+
+    def get(self, access_key_id: str, scope: str, derive: Callable[[str], Mac]) -> tuple[bool, Mac]:
+        """(whether the access key is known, what `derive` makes of its secret).
 
         For an unknown access key a key of the same kind comes back, at the same cost, that no
         signature can match. `scope` names what else the key depends on (date, region, ...).

@@ -20,14 +20,19 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from functools import lru_cache, partial
+from functools import lru_cache
 from urllib.parse import quote, unquote_plus
 
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.hmac import HMAC
 
-from xkiproxy.protocols.base import Identity, Refusal, SignedRequest, SigningKeys
-from xkiproxy.protocols.signed_headers import SignedHeaders, basic_timestamp, fold_headers
+from xkiproxy.protocols.base import Identity, Mac, Refusal, SignedRequest, SigningKeys
+from xkiproxy.protocols.signed_headers import (
+    SignedHeaders,
+    basic_timestamp,
+    fold_headers,
+    hmac_sha256,
+)
 
 PRODUCT = "kms"
 WINDOW_SECONDS = 15 * 60
@@ -71,11 +76,17 @@ def _hmac_sm3(key: bytes, data: bytes) -> bytes:
     return mac.finalize()
 
 
-class SignatureAlgorithm(Enum):
-    """The two algorithms of ACS4: wire name, content hash header, hash and HMAC."""
+def _keyed_hmac_sm3(key: bytes) -> Mac:
+    return lambda data: _hmac_sm3(key, data).hex().encode("ascii")
 
-    HMAC_SHA256 = ("ACS4-HMAC-SHA256", "x-acs-content-sha256", partial(_sha256), _hmac_sha256)
-    HMAC_SM3 = ("ACS4-HMAC-SM3", "x-acs-content-sm3", partial(_sm3), _hmac_sm3)
+
+class SignatureAlgorithm(Enum):
+    """The two algorithms of ACS4, with their hash and their HMAC, once and under a kept key."""
+
+    HMAC_SHA256 = (
+        "ACS4-HMAC-SHA256", "x-acs-content-sha256", _sha256, _hmac_sha256, hmac_sha256,
+    )  # fmt: skip
+    HMAC_SM3 = ("ACS4-HMAC-SM3", "x-acs-content-sm3", _sm3, _hmac_sm3, _keyed_hmac_sm3)
 
     def __init__(
         self,
@@ -83,6 +94,7 @@ class SignatureAlgorithm(Enum):
         content_header: str,
         hex_digest: Callable[[bytes], bytes],
         mac: Callable[[bytes, bytes], bytes],
+        keyed: Callable[[bytes], Mac],
     ) -> None:
         self.wire_name = wire_name
         self.content_header = content_header
@@ -90,6 +102,7 @@ class SignatureAlgorithm(Enum):
         self.hex_digest = hex_digest
         """The hash in lower-case hex."""
         self.mac = mac
+        self.keyed = keyed
 
 
 _ALGORITHMS = {algorithm.wire_name: algorithm for algorithm in SignatureAlgorithm}
@@ -115,8 +128,9 @@ class _Head:
     first_hour: bytes
     """How `x-acs-date` begins, in its basic form."""
 
-    def signing_key(self, secret: str) -> bytes:
-        return signing_key(self.algorithm, secret, self.date, self.region, self.product)
+    def mac(self, secret: str) -> Mac:
+        key = signing_key(self.algorithm, secret, self.date, self.region, self.product)
+        return self.algorithm.keyed(key)
 
     def is_of_day(self, date: bytes) -> bool:
         return date.startswith(self.first_hour) or date.replace(b"-", b"").startswith(
@@ -156,8 +170,8 @@ def verify(request: SignedRequest, keys: SigningKeys, now: float) -> Identity:
     algorithm = head.algorithm
     body_hash = algorithm.hex_digest(request.body)
     body_matches = hmac.compare_digest(body_hash, headers[head.content_header])
-    known, key = keys.get(head.access_key_id, head.scope, head.signing_key)
-    expected = _signature(key, request, lines, head, body_hash)
+    known, mac = keys.get(head.access_key_id, head.scope, head.mac)
+    expected = _signature(mac, request, lines, head, body_hash)
     signature_matches = hmac.compare_digest(expected, signature)
     if not (known & body_matches & signature_matches):
         raise _unauthorized(_reason(known, body_matches))
@@ -189,9 +203,9 @@ def sign(
     start = f"{algorithm.wire_name} Credential={access_key_id}/{scope},"
     head = _parse_head(f"{start}SignedHeaders={b';'.join(signed).decode('ascii')}".encode())
     request = SignedRequest(method, path, query, raw, body)
-    key = head.signing_key(secret)
+    mac = head.mac(secret)
     body_hash = algorithm.hex_digest(body)
-    signature = _signature(key, request, head.signed.lines(folded), head, body_hash)
+    signature = _signature(mac, request, head.signed.lines(folded), head, body_hash)
     names = head.signed.line.decode("ascii")
     return f"{start}SignedHeaders={names},Signature={signature.decode('ascii')}"
 
@@ -207,7 +221,7 @@ def signing_key(
 
 
 def _signature(
-    key: bytes, request: SignedRequest, lines: bytes, head: _Head, body_hash: bytes
+    mac: Mac, request: SignedRequest, lines: bytes, head: _Head, body_hash: bytes
 ) -> bytes:
     canonical = b"%b\n%b\n%b\n%b\n%b\n%b" % (
         request.method.encode("ascii"),
@@ -219,7 +233,7 @@ def _signature(
     )
     algorithm = head.algorithm
     to_sign = b"%b\n%b" % (algorithm.wire_bytes, algorithm.hex_digest(canonical))
-    return algorithm.mac(key, to_sign).hex().encode("ascii")
+    return mac(to_sign)
 
 
 def _is_signed(name: bytes) -> bool:

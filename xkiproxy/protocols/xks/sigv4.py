@@ -17,8 +17,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from urllib.parse import quote
 
-from xkiproxy.protocols.base import Identity, SignedRequest, SigningKeys
-from xkiproxy.protocols.signed_headers import SignedHeaders, basic_timestamp, fold_headers
+from xkiproxy.protocols.base import Identity, Mac, SignedRequest, SigningKeys
+from xkiproxy.protocols.signed_headers import (
+    SignedHeaders,
+    basic_timestamp,
+    fold_headers,
+    hmac_sha256,
+)
 from xkiproxy.protocols.xks.errors import unauthenticated
 
 SERVICE = "kms-xks-proxy"
@@ -57,8 +62,8 @@ class _Head:
     day: bytes
     """How `x-amz-date` begins."""
 
-    def signing_key(self, secret: str) -> bytes:
-        return signing_key(secret, self.date, self.region)
+    def mac(self, secret: str) -> Mac:
+        return hmac_sha256(signing_key(secret, self.date, self.region))
 
 
 def verify(request: SignedRequest, keys: SigningKeys, now: float) -> Identity:
@@ -87,8 +92,8 @@ def verify(request: SignedRequest, keys: SigningKeys, now: float) -> Identity:
     # From here on an unknown access key and a wrong signature take the same steps.
     body_hash = hashlib.sha256(request.body).hexdigest().encode()
     body_matches = hmac.compare_digest(headers.get(_CONTENT_HASH, body_hash), body_hash)
-    known, key = keys.get(head.access_key_id, head.scope, head.signing_key)
-    expected = _signature(key, request, lines, head, date, body_hash)
+    known, mac = keys.get(head.access_key_id, head.scope, head.mac)
+    expected = _signature(mac, request, lines, head, date, body_hash)
     signature_matches = hmac.compare_digest(expected, signature)
     if not known:
         raise unauthenticated("unknown_access_key")
@@ -119,7 +124,7 @@ def sign(
     request = SignedRequest(method, path, "", raw, body)
     body_hash = hashlib.sha256(body).hexdigest().encode()
     lines = head.signed.lines(folded)
-    signature = _signature(head.signing_key(secret), request, lines, head, date.encode(), body_hash)
+    signature = _signature(head.mac(secret), request, lines, head, date.encode(), body_hash)
     return f"{start}, Signature={signature.decode('ascii')}"
 
 
@@ -132,7 +137,7 @@ def signing_key(secret: str, date: str, region: str) -> bytes:
 
 
 def _signature(
-    key: bytes, request: SignedRequest, lines: bytes, head: _Head, date: bytes, body_hash: bytes
+    mac: Mac, request: SignedRequest, lines: bytes, head: _Head, date: bytes, body_hash: bytes
 ) -> bytes:
     canonical = b"%b\n%b\n\n%b\n%b\n%b" % (
         request.method.encode("ascii"),
@@ -144,7 +149,7 @@ def _signature(
     )
     digest = hashlib.sha256(canonical).hexdigest().encode("ascii")
     to_sign = b"%b\n%b\n%b\n%b" % (_ALGORITHM_BYTES, date, head.scope.encode("ascii"), digest)
-    return hmac.digest(key, to_sign, "sha256").hex().encode("ascii")
+    return mac(to_sign)
 
 
 def _canonical_path(path: str) -> bytes:
