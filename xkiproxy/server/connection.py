@@ -76,6 +76,10 @@ class State(Enum):
     ENDING = auto()
 
 
+# The hot path asks for these ten times a request: a member by its class's name costs 65 ns.
+_IDLE, _HEAD, _BODY, _BUSY, _ENDING = State
+
+
 class Shared:
     """What the connections of a listener have in common."""
 
@@ -186,7 +190,7 @@ class Connection(BaseProtocol):
         """Nothing after what has been read is HTTP."""
         self._broken = False
         """And what came last was none either."""
-        self.state = State.IDLE
+        self.state = _IDLE
         self.expires = _NEVER
 
     # ---- asyncio.Protocol ------------------------------------------------------------------
@@ -206,13 +210,13 @@ class Connection(BaseProtocol):
         super().connection_lost(exc)
         self._shared.connections.discard(self)
         self._queue.clear()
-        if self.state is State.BODY:
+        if self.state is _BODY:
             self._shared.gateway.in_flight -= 1
-        self.state = State.ENDING
+        self.state = _ENDING
 
     def data_received(self, data: bytes) -> None:
         state = self.state
-        if state is State.ENDING or self._is_last:
+        if state is _ENDING or self._is_last:
             return
         try:
             messages, upgraded, _ = self._parser.feed_data(data)  # type: ignore[union-attr]
@@ -227,12 +231,12 @@ class Connection(BaseProtocol):
         if len(self._queue) >= _MAX_PIPELINED:
             self._is_full = True
             self._pause_transport_reading()
-        if state is not State.BUSY and not self._paused:
+        if state is not _BUSY and not self._paused:
             self._advance()
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        if self.state is not State.BUSY:
+        if self.state is not _BUSY:
             self._advance()
 
     # ---- what aiohttp's streams ask for ------------------------------------------------------
@@ -249,9 +253,9 @@ class Connection(BaseProtocol):
     def _advance(self) -> None:
         """Go on with what has been read: begin a request, its body, or wait for more."""
         state = self.state
-        if state is State.BUSY or state is State.ENDING or self._paused:
+        if state is _BUSY or state is _ENDING or self._paused:
             return
-        if state is not State.BODY:
+        if state is not _BODY:
             if not self._queue:
                 self._wait()
                 return
@@ -266,18 +270,18 @@ class Connection(BaseProtocol):
             request.trouble = Trouble.TOO_LARGE
         else:
             request.body = self._body.read_nowait()
-        self.state = State.BUSY
+        self.state = _BUSY
         self.expires = _NEVER
         self._shared.arrive(self, request)
 
     def _wait(self) -> None:
         """Nothing whole is there: for how long may the client take?"""
         if self._broken:
-            self.state = State.BUSY
+            self.state = _BUSY
             self._head = None
             self._shared.depart(self, self._shared.gateway.answer_not_http())
-        elif self.state is State.IDLE:
-            self.state = State.HEAD
+        elif self.state is _IDLE:
+            self.state = _HEAD
             self.expires = self._loop.time() + self._shared.head_seconds
 
     def _begin(self, head: RawRequestMessage, body: StreamReader) -> None:
@@ -287,7 +291,7 @@ class Connection(BaseProtocol):
         self._head, self._body = head, body
         request = Request(head.method, head.path, head.raw_headers, self._source, gateway.clock())
         self._request = request
-        self.state = State.BODY
+        self.state = _BODY
         if head.method != "POST":
             request.trouble = Trouble.METHOD_NOT_ALLOWED
         elif not body.is_eof():
@@ -360,7 +364,7 @@ class Connection(BaseProtocol):
         if close:
             self._end(whole)
             return
-        self.state = State.IDLE
+        self.state = _IDLE
         self.expires = self._loop.time() + self._shared.idle_seconds
         if self._queue:
             # Not at once: a client that sends many requests in one go must not hold up the others.
@@ -380,11 +384,11 @@ class Connection(BaseProtocol):
     @property
     def is_idle(self) -> bool:
         """Whether nothing of a request has come."""
-        return self.state is State.IDLE and not self._queue
+        return self.state is _IDLE and not self._queue
 
     def expire(self) -> None:
         """The time limit of its state is over."""
-        if self.state is State.BODY and self._request is not None:
+        if self.state is _BODY and self._request is not None:
             self._request.trouble = Trouble.BODY_TIMEOUT
             self._advance()
         else:
@@ -402,7 +406,7 @@ class Connection(BaseProtocol):
 
     def _end(self, whole: bool) -> None:
         """No further request; `whole`: the client has nothing left to send of the last one."""
-        self.state = State.ENDING
+        self.state = _ENDING
         self.expires = self._loop.time() + LINGER_SECONDS
         if whole:
             self.close()

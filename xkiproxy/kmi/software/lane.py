@@ -45,6 +45,7 @@ from xkiproxy.crypto.operations import (
 from xkiproxy.kmi.base import KeyInfo, KeyManagerError
 from xkiproxy.kmi.software.keyring import Keyring, UnwrappedKey
 
+_ENVELOPE = CiphertextFormat.ENVELOPE
 _GCM_IV_SIZE = IV_SIZES[Algorithm.AES_GCM]
 _PKCS7 = PKCS7(BLOCK_SIZE * 8)
 
@@ -164,7 +165,7 @@ class SoftwareLane:
         version = key.newest
         if algorithm is not key.default:
             return _encrypt_blocks(operation, key, algorithm)
-        if operation.format is CiphertextFormat.ENVELOPE:
+        if operation.format is _ENVELOPE:
             aad = authenticated_data(operation.aad, version)
         else:
             _check_single_version(key)
@@ -184,7 +185,7 @@ class SoftwareLane:
         try:
             if algorithm is not key.default:
                 return _decrypt_blocks(operation, version, number, algorithm)
-            if operation.format is CiphertextFormat.ENVELOPE:
+            if operation.format is _ENVELOPE:
                 aad = authenticated_data(operation.aad, number)
             else:
                 aad = operation.aad
