@@ -56,10 +56,7 @@ which had come before it could have left; where one request comes alone, nothing
 """
 
 _AT_ONCE = 128
-"""After so many requests (some 8 milliseconds) the loop has its turn."""
-
-_FIRST_COST_SECONDS = 0.0001
-"""What a request is taken to cost before that is known."""
+"""So many requests (some 8 milliseconds) are worked on in one go."""
 
 _MAX_LINE_SIZE = 8190
 _MAX_HEADERS = 64
@@ -95,37 +92,23 @@ class Shared:
         self.idle_seconds = settings.idle_timeout_seconds
         self.head_seconds = settings.header_timeout_seconds
         self.body_seconds = settings.body_timeout_seconds
-        self._arrived: deque[tuple[Connection, Request]] = deque()
+        self._arrived: list[tuple[Connection, Request]] = []
         self._departing: list[tuple[Connection, Answer]] = []
-        self._cost = _FIRST_COST_SECONDS
 
     def arrive(self, connection: Connection, request: Request) -> None:
-        """Take a request that is whole; it is worked on once all that has come is read.
-
-        Where it would wait too long it is refused at once: to work on what its client will have
-        given up keeps the others waiting.
-        """
-        if len(self._arrived) * self._cost > self.gateway.longest_wait:
-            request.trouble = request.trouble or Trouble.OVERLOADED
-            connection.run(request)
-            return
+        """Take a request that is whole; it is worked on once all that has come is read."""
         self._arrived.append((connection, request))
         if len(self._arrived) == 1:
             self.loop.call_soon(self._work)
+        elif len(self._arrived) >= _AT_ONCE:
+            # Under a flood the loop reads on and on, and what was left for later waits too long.
+            self._work()
 
     def _work(self) -> None:
-        """Work on what has arrived, one after the other; the loop must not be held up by it."""
-        arrived = self._arrived
-        count = min(len(arrived), _AT_ONCE)
-        if count == 0:
-            return
-        began = self.loop.time()
-        for _ in range(count):
-            connection, request = arrived.popleft()
+        """Work on what has arrived, one after the other."""
+        arrived, self._arrived = self._arrived, []
+        for connection, request in arrived:
             connection.run(request)
-        if arrived:
-            self.loop.call_soon(self._work)
-        self._cost += 0.1 * ((self.loop.time() - began) / count - self._cost)
 
     def depart(self, connection: Connection, answer: Answer) -> None:
         """Let an answer leave, together with those that are ready at the same time."""

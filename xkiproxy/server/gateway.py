@@ -97,8 +97,6 @@ class Gateway:
         self.in_flight = 0
         self.clock = time.monotonic
         self._tenants: dict[str, Tenant] = {}
-        self.longest_wait = 0.0
-        """Seconds that a request may wait for its turn; the other half is for the work."""
         self.serve(tenants)
         self._audit = audit
         self._condition = condition
@@ -109,7 +107,6 @@ class Gateway:
     def serve(self, tenants: Iterable[Tenant]) -> None:
         """Serve these key stores from the next request on, in place of those before."""
         self._tenants = {tenant.base: tenant for tenant in tenants}
-        self.longest_wait = min(t.store.deadline for t in self._tenants.values()) / 2
 
     async def handle(self, request: Request) -> Answer:
         """Answer one request; never raises. The answer is to be committed before it leaves."""
