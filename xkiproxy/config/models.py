@@ -71,8 +71,8 @@ class ServerSettings(Section):
     workers: Annotated[int, Field(ge=1, le=64)] = 1
     tls: TlsSettings | None = None
     plaintext: bool = False
-    # Of each worker. A thousand clients that all wait for an answer wait some 60 ms; and libuv, which
-    # takes 1,024 events at a time, gives nothing else its turn while there are so many.
+    # Of each worker. A thousand clients that all wait for an answer wait some 60 ms; and libuv,
+    # which takes 1,024 events at a time, gives nothing else its turn while there are so many.
     max_connections: Annotated[int, Field(ge=1, le=1000)] = 1000
     max_body_bytes: Annotated[int, Field(ge=1024, le=16 << 20)] = 64 << 10
     handshake_timeout_seconds: Seconds = 10
