@@ -23,8 +23,8 @@ def lines(path: Path) -> list[dict]:
 def test_records_are_lines_of_json_in_a_private_file(tmp_path: Path) -> None:
     path = tmp_path / "audit.jsonl"
     log = AuditLog(path)
-    log.append(encode({"n": 1, "text": "a\nb"}))
-    log.append(encode({"n": 2}))
+    log.append([encode({"n": 1, "text": "a\nb"})])
+    log.append([encode({"n": 2})])
     assert lines(path) == [{"n": 1, "text": "a\nb"}, {"n": 2}]
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     log.close()
@@ -49,7 +49,7 @@ def test_a_torn_last_line_stays_alone(tmp_path: Path) -> None:
     path = tmp_path / "audit.jsonl"
     path.write_bytes(b'{"n":1}\n{"n":2,"to')
     log = AuditLog(path)
-    log.append(encode({"n": 3}))
+    log.append([encode({"n": 3})])
     log.close()
     assert path.read_bytes() == b'{"n":1}\n{"n":2,"to\n{"n":3}\n'
 
@@ -57,11 +57,11 @@ def test_a_torn_last_line_stays_alone(tmp_path: Path) -> None:
 def test_a_rotated_file_is_followed(tmp_path: Path) -> None:
     path = tmp_path / "audit.jsonl"
     log = AuditLog(path)
-    log.append(encode({"n": 1}))
+    log.append([encode({"n": 1})])
     path.rename(tmp_path / "audit.jsonl.1")
-    log.append(encode({"n": 2}))
+    log.append([encode({"n": 2})])
     log.check()
-    log.append(encode({"n": 3}))
+    log.append([encode({"n": 3})])
     log.close()
     assert [r["n"] for r in lines(tmp_path / "audit.jsonl.1")] == [1, 2]
     assert [r["n"] for r in lines(path)] == [3]
@@ -78,11 +78,11 @@ def test_a_full_disk_tears_no_record_and_is_noticed_when_there_is_room_again(
         from xkiproxy.observability.audit import AuditError, AuditLog, encode
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         log = AuditLog(Path({str(path)!r}))
-        log.append(encode({{"n": 1}}))
+        log.append([encode({{"n": 1}})])
         resource.setrlimit(resource.RLIMIT_FSIZE, (20, resource.RLIM_INFINITY))
         for attempt in range(3):
             try:
-                log.append(encode({{"n": 2, "text": "x" * 100}}))
+                log.append([encode({{"n": 2, "text": "x" * 100}})])
             except AuditError as error:
                 assert not log.available
                 print(error)
@@ -93,7 +93,7 @@ def test_a_full_disk_tears_no_record_and_is_noticed_when_there_is_room_again(
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
         log.check()
         assert log.available
-        log.append(encode({{"n": 3}}))
+        log.append([encode({{"n": 3}})])
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True

@@ -7,12 +7,12 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
 from xkiproxy import __version__
 from xkiproxy.config import Config, ConfigError, Problem
-from xkiproxy.config.models import KeystoreSettings, KmiSettings
+from xkiproxy.config.models import AuditSettings, KeystoreSettings, KmiSettings
 from xkiproxy.config.secrets import SecretError
 from xkiproxy.crypto.operations import OperationError
 from xkiproxy.keystores.catalog import CatalogError
@@ -26,7 +26,7 @@ from xkiproxy.keystores.sqlite_catalog import SqliteCatalog
 from xkiproxy.kmi.base import KeyManagerError, KmiState
 from xkiproxy.kmi.dispatcher import Kmi
 from xkiproxy.kmi.registry import open_key_manager, open_kmi
-from xkiproxy.observability.audit import AuditError, AuditLog
+from xkiproxy.observability.audit import AuditError, AuditOptions, Sink
 from xkiproxy.observability.metrics import Metrics
 from xkiproxy.protocols.registry import PROTOCOLS
 from xkiproxy.server.condition import Condition
@@ -62,6 +62,7 @@ class Runtime:
         self._revision = 0
         self._problems: list[Problem] = []
         self.context = self._try("server.tls", self._tls_context)
+        self.audit_options = self._try("audit.hmac_key", lambda: _audit_options(config.audit))
         self.catalog = self._try("catalog.path", lambda: SqliteCatalog(config.catalog.path))
         self.kmis = {
             kmi.name: self._try(f"kmi[{i}]", self._kmi_opener(kmi))
@@ -129,7 +130,7 @@ class Runtime:
         """A deep check of every KMI."""
         await asyncio.gather(*(kmi.check() for kmi in self.kmis.values()))
 
-    async def keep_fresh(self, audit: AuditLog, *, purges: bool) -> None:
+    async def keep_fresh(self, audit: Sink, *, purges: bool) -> None:
         """Housekeeping, until cancelled; `purges`: keys whose time has come are destroyed here."""
         work = [
             _every(_REFRESH_SECONDS, self._refresh),
@@ -154,7 +155,7 @@ class Runtime:
         for kmi in self.kmis.values():
             kmi.refresh(changed)
 
-    async def _check_audit(self, audit: AuditLog) -> None:
+    async def _check_audit(self, audit: Sink) -> None:
         try:
             audit.check()
         except AuditError as error:
@@ -198,6 +199,15 @@ class Runtime:
                 for kmi in self.kmis.values()
             ],
         }
+
+
+def _audit_options(settings: AuditSettings) -> AuditOptions:
+    return AuditOptions(
+        max_bytes=settings.max_bytes,
+        max_age=timedelta(hours=settings.max_age_hours),
+        fsync=settings.fsync,
+        hmac_key=settings.hmac_key and settings.hmac_key.read_key(),
+    )
 
 
 def _store_status(tenant: Tenant) -> dict[str, Any]:

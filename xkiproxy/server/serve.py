@@ -73,7 +73,7 @@ async def running_parts(
     """The parts that serve requests, started; raises ConfigError or AuditError."""
     runtime = Runtime(config, replay_table)
     try:
-        audit = AuditLog(config.audit.path)
+        audit = AuditLog(config.audit.path, runtime.audit_options)
         try:
             await runtime.start()
             yield runtime, audit
