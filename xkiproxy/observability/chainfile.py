@@ -101,7 +101,7 @@ class ChainFile:
     def name(self) -> str:
         """The name that the file has now; empty if the system does not say."""
         try:
-            return Path(os.readlink(f"/proc/self/fd/{self.descriptor}")).name
+            return Path(f"/proc/self/fd/{self.descriptor}").readlink().name
         except OSError:
             return ""
 

@@ -35,9 +35,9 @@ def closed_seq(path: Path, name: str) -> int | None:
 
 def split_name(name: str) -> tuple[str, bool]:
     """The name that a file had when it was in use, and whether the log itself closed it."""
-    stem, suffix = os.path.splitext(re.sub(rf"{_MOVED}$", "", name))
-    bare = re.sub(rf"{_CLOSED}$", "", stem)
-    return bare + suffix, bare != stem
+    path = Path(re.sub(rf"{_MOVED}$", "", name))
+    bare = re.sub(rf"{_CLOSED}$", "", path.stem)
+    return bare + path.suffix, bare != path.stem
 
 
 def log_files(path: Path, *, with_workers: bool = False) -> list[Path]:
