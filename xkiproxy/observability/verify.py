@@ -146,6 +146,7 @@ class ChainVerifier:
         self._moved: dict[int, tuple[str, Place]] = {}
         """Records that stood before their turn, by number: their hashes and places."""
         self._gaps: list[_Gap] = []
+        self._late = ""
         self._amendment: _Amendment | None = None
         self._history: deque[tuple[bytes, _State, int, int]] = deque(maxlen=_LOOK_BACK)
 
@@ -231,6 +232,9 @@ class ChainVerifier:
         self.report.first_seq = line.seq
         if line.seq == 1 and line.prev != START.hash:
             self.report.add(place, "changed", "record 1 hangs on another before it")
+        elif line.seq > 1 and "previous" not in line.fields:
+            text = f"what was before record {line.seq} is missing: it does not begin a file"
+            self.report.add(place, "removed", text)
         elif line.seq > 1:
             text = f"begins with record {line.seq}: what was before it is not in these files"
             self.report.notes.append(text)
@@ -274,7 +278,9 @@ class ChainVerifier:
         for gap in self._gaps:
             if gap.first <= line.seq <= gap.last:
                 gap.late += 1
-                self._add_reordered(place, line.seq)
+                if line.prev != self._late:  # else it goes on from another late one: said already
+                    self._add_reordered(place, line.seq)
+                self._late = line.hash
                 return
         self._add_second(place, line.seq)
         if line.seq == link.seq and self._state.place is not None:
@@ -283,7 +289,7 @@ class ChainVerifier:
             self._amendment = _Amendment(line.hash, problem)
 
     def _judge_broken(self, line: Line) -> bool:
-        """Say what became of lines that are no records; True: they stand for those before `line`."""
+        """Say what became of lines that are no records; True: `line` follows them."""
         broken, link = self._state.broken, self._state.link
         self._state = self._state._replace(broken=())
         follows = self._state.is_followed_by(line)
@@ -381,23 +387,23 @@ def verify_chain(
             if watch is not None and not number % _REPORT_LINES:
                 watch(file, read_bytes, report.records)
         verifier.end_file()
-        _check_hmac(report, file, line, mac and mac.hexdigest())
+        _check_hmac(report, file, line, "" if mac is None else mac.hexdigest())
     verifier.end()
     order = {file: index for index, file in enumerate(files)}
     report.problems.sort(key=lambda problem: (order[problem.place.file], problem.place.line))
     return report
 
 
-def _check_hmac(report: ChainReport, file: Path, last: Line | None, digest: str | None) -> None:
+def _check_hmac(report: ChainReport, file: Path, last: Line | None, digest: str) -> None:
     place = Place(file, 0)
     written = read_hmac(file)
     promised = last is not None and last.event == CLOSED and last.fields.get("hmac") is True
     if written is None:
         if promised:
             report.add(place, "hmac", f"{hmac_file(file).name} is missing")
-        elif digest is not None and split_name(file.name)[1]:
+        elif digest and split_name(file.name)[1]:
             report.notes.append(f"{file.name} was closed without an HMAC")
-    elif digest is None:
+    elif not digest:
         report.notes.append(f"{file.name}: its HMAC was not checked, for want of the key")
     elif not hmac.compare_digest(written.encode(), digest.encode()):
         report.add(place, "hmac", "the file is not what it was when it was closed")

@@ -206,7 +206,7 @@ def _audit_options(settings: AuditSettings) -> AuditOptions:
         max_bytes=settings.max_bytes,
         max_age=timedelta(hours=settings.max_age_hours),
         fsync=settings.fsync,
-        hmac_key=settings.hmac_key and settings.hmac_key.read_key(),
+        hmac_key=None if settings.hmac_key is None else settings.hmac_key.read_key(),
     )
 
 
