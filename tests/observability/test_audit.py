@@ -41,13 +41,14 @@ def whole_log(path: Path, key: bytes | None = None) -> list[dict]:
     """All records of a log that verifies."""
     files = log_files(path)
     assert problems(*files, key=key) == []
-    found = []
+    found = {}
     for file in sort_files(files)[path.name]:
         for line in file.read_bytes().splitlines():
             record = read_line(line)
             if record is not None:
-                found.append(record.fields)
-    return found
+                # An unfinished line may lack its line feed alone: its number comes again.
+                found[record.seq] = record.fields
+    return list(found.values())
 
 
 def test_records_are_lines_of_json_in_a_private_file(tmp_path: Path) -> None:
@@ -317,9 +318,10 @@ def test_a_rotation_that_ends_anywhere_is_taken_up_at_the_next_start(
         "fchmod": "os.fchmod",
         "open": "xkiproxy.observability.audit.ChainFile",
     }
-    with monkeypatch.context() as patched, pytest.raises(Killed):
+    with monkeypatch.context() as patched:
         patched.setattr(places[step], die)
-        log._rotate()
+        with pytest.raises(Killed):
+            log._rotate()
     log.close()
     log = AuditLog(path, options)
     log.append([encode({"n": 2})])

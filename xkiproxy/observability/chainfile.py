@@ -133,11 +133,11 @@ class ChainFile:
             self._is_torn = True
 
     def _read_beginning(self) -> None:
-        """When the file was begun, and with which record."""
+        """When the file was begun, and what its records follow: the one that opened it, if any."""
         self.begun, self._first = datetime.now(UTC), self.link.seq
         first = read_line(os.pread(self.descriptor, _FIRST_LINE, 0).partition(b"\n")[0])
         if first is not None:
-            self._first = first.seq
+            self._first = first.seq if "previous" in first.fields else first.seq - 1
             try:
                 self.begun = datetime.fromisoformat(str(first.fields.get("time")))
             except ValueError:
