@@ -10,6 +10,7 @@ file says so. docs/audit.md has the format.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -17,14 +18,11 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Protocol
 
-from xkiproxy.observability.chain import CLOSED, ChainError, Link, encode, encode_event
+from xkiproxy.observability.chain import CLOSED, ChainError, Link, chain, encode, encode_event
 from xkiproxy.observability.chainfile import ChainFile
 from xkiproxy.observability.logfiles import READ_ONLY, closed_name, closed_seq, write_hmac
 
 __all__ = ["AuditError", "AuditLog", "AuditOptions", "Sink", "encode"]
-
-_LINK_SIZE = 100
-"""About what number and hash add to a record."""
 
 _MOVE_AWAY = (
     "; it was changed, or is no log of this version: keep it for examination, move it to another"
@@ -73,6 +71,7 @@ class AuditLog:
         """Open or make the file (mode 0600) and go on with its chain; raises AuditError."""
         self._path = path
         self._options = options or AuditOptions()
+        self._limit = self._options.max_bytes or sys.maxsize
         self._closing: str | None = None
         """The name that the file is to have: it has its last record, the rest is to be done."""
         self.available = True
@@ -92,12 +91,16 @@ class AuditLog:
         """
         if not self.available:
             raise AuditError(self.error)
-        limit = self._options.max_bytes
-        if limit and self._file.has_records:
-            size = self._file.size + sum(map(len, records)) + len(records) * _LINK_SIZE
-            if size > limit:
-                self._rotate()
-        self._write(records)
+        file = self._file
+        lines, link = chain(records, file.link)
+        if file.size + len(lines) > self._limit and file.has_records:
+            self._rotate()
+            file = self._file
+            lines, link = chain(records, file.link)
+        try:
+            file.append(lines, link)
+        except OSError as error:
+            raise self._broken(f"{self._path}: {error.strerror}") from None
 
     def check(self) -> None:
         """Once a second: rotate, follow a file that others moved, try a broken log again.
@@ -109,7 +112,7 @@ class AuditLog:
             self._finish_rotation()
         self._look_after_file()
         if not self.available:
-            self._write([encode_event("audit_resumed", after=self.error)])
+            self._write(encode_event("audit_resumed", after=self.error))
             self.available = True
             self.error = ""
         age = datetime.now(UTC) - self._file.begun
@@ -120,9 +123,10 @@ class AuditLog:
         """Close the file; its chain goes on at the next start."""
         self._file.close()
 
-    def _write(self, records: Sequence[bytes]) -> None:
+    def _write(self, record: bytes) -> None:
+        """A record of the log's own: it may pass the size, since it says why."""
         try:
-            self._file.write(records)
+            self._file.append(*chain([record], self._file.link))
         except OSError as error:
             raise self._broken(f"{self._path}: {error.strerror}") from None
 
@@ -135,7 +139,7 @@ class AuditLog:
         now = datetime.now(UTC)
         name = closed_name(self._path, now, self._file.link.seq + 1)
         has_hmac = self._options.hmac_key is not None
-        self._write([encode_event(CLOSED, file=name, hmac=has_hmac)])
+        self._write(encode_event(CLOSED, file=name, hmac=has_hmac))
         self._closing = name
         self._finish_rotation()
 

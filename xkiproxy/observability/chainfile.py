@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from collections.abc import Sequence
 from datetime import UTC, datetime
 from hashlib import sha256
 from hmac import HMAC
@@ -83,10 +82,23 @@ class ChainFile:
         self._feed_hmac()
         self._write_beginning(end, previous)
 
-    def write(self, records: Sequence[bytes]) -> None:
-        """Append records, all or none; raises OSError."""
-        lines, link = chain(records, self.link)
-        self._append(lines, link)
+    def append(self, lines: bytes, link: Link) -> None:
+        """Append lines as `chain` made them, all or none; raises OSError."""
+        written = 0
+        try:
+            written = os.write(self.descriptor, lines)
+            if written != len(lines):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if self._fsync:
+                os.fdatasync(self.descriptor)
+        except OSError:
+            if written:
+                self._cut()
+            raise
+        self.size += written
+        self.link = link
+        if self.mac is not None:
+            self.mac.update(lines)
 
     def repair(self) -> None:
         """Cut off what a failed write has left and could not be cut off then; raises OSError."""
@@ -108,23 +120,6 @@ class ChainFile:
     def close(self) -> None:
         """Close the file."""
         os.close(self.descriptor)
-
-    def _append(self, lines: bytes, link: Link) -> None:
-        written = 0
-        try:
-            written = os.write(self.descriptor, lines)
-            if written != len(lines):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            if self._fsync:
-                os.fdatasync(self.descriptor)
-        except OSError:
-            if written:
-                self._cut()
-            raise
-        self.size += written
-        self.link = link
-        if self.mac is not None:
-            self.mac.update(lines)
 
     def _cut(self) -> None:
         try:
@@ -158,9 +153,9 @@ class ChainFile:
             size = len(end.unfinished)
             event = encode_event(RECOVERED, bytes=size, sha256=digest, **from_file)
             lines, link = chain([event], self.link)
-            self._append(b"\n" + lines, link)
+            self.append(b"\n" + lines, link)
         elif from_file:
-            self.write([encode_event(OPENED, **from_file)])
+            self.append(*chain([encode_event(OPENED, **from_file)], self.link))
             self._first = self.link.seq
 
 
