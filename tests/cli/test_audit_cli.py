@@ -282,3 +282,24 @@ def test_search_goes_on_when_its_reader_does_not(long_log: Path) -> None:
         child.stdout.readline()
         child.stdout.close()
         assert b"Traceback" not in child.stderr.read()
+
+
+def test_the_program_in_the_documentation_agrees(tmp_path: Path) -> None:
+    path = tmp_path / "audit.jsonl"
+    write(path, range(1, 30), AuditOptions(max_bytes=3000))
+    for torn in (b'{"seq":', path.read_bytes().splitlines()[-1]):
+        with path.open("ab") as file:
+            file.write(torn)
+        write(path, range(30, 33))
+    text = (Path(__file__).parents[2] / "docs" / "audit.md").read_text()
+    program = text.split("```python\n")[1].split("```")[0]
+    files = sort_files(log_files(path))[path.name]
+    assert len(files) > 2
+    report = verify_chain(path.name, files, None)
+    assert report.problems == []
+    command = [sys.executable, "-c", program, *map(str, files)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == f"last: {report.last.seq} {report.last.hash}\n"
+    write_text(files[0], files[0].read_text().replace("demo", "DEMO", 1))
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stderr == "record 2 does not follow from 1\n"

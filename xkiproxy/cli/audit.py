@@ -27,6 +27,7 @@ from xkiproxy.cli.common import (
     print_table,
 )
 from xkiproxy.config import Config, load_config
+from xkiproxy.observability.chain import Link
 from xkiproxy.observability.logfiles import log_files
 from xkiproxy.observability.verify import ChainReport, read_lines, sort_files, verify_chain
 
@@ -67,7 +68,7 @@ def verify(
     It prints the last record's number and hash. Note them elsewhere: that the last records are
     still there, no log can prove by itself.
     """
-    expected = dict(map(_parse_expected, expect or []))
+    expected = set(map(_parse_expected, expect or []))
     settings = load_config(config) if not files or config.exists() else None
     key = settings and settings.audit.hmac_key and settings.audit.hmac_key.read_key()
     began = time.monotonic()
@@ -78,7 +79,7 @@ def verify(
     else:
         _print_reports(reports, seconds)
     count = sum(report.problem_count for report in reports)
-    missing = "".join(f"; record {seq} with hash {expected[seq]} is not there" for seq in expected)
+    missing = "".join(f"; record {seq} with hash {digest} is not there" for seq, digest in expected)
     if count or missing:
         raise CommandError(f"the audit log does not verify: {count} problem(s){missing}")
 
@@ -149,7 +150,7 @@ def _find(files: list[Path] | None, settings: Config | None) -> dict[str, list[P
 
 
 def _verify(
-    chains: dict[str, list[Path]], key: bytes | None, expected: dict[int, str]
+    chains: dict[str, list[Path]], key: bytes | None, expected: set[Link]
 ) -> list[ChainReport]:
     progress = _Progress()
     try:
@@ -208,9 +209,7 @@ def _print_reports(reports: list[ChainReport], seconds: float) -> None:
     )
 
 
-def _document(
-    reports: list[ChainReport], missing: dict[int, str], seconds: float
-) -> dict[str, Any]:
+def _document(reports: list[ChainReport], missing: set[Link], seconds: float) -> dict[str, Any]:
     return {
         "chains": [
             {
@@ -234,19 +233,19 @@ def _document(
             }
             for report in reports
         ],
-        "expected_but_missing": [f"{seq}:{digest}" for seq, digest in missing.items()],
+        "expected_but_missing": [f"{seq}:{digest}" for seq, digest in sorted(missing)],
         "seconds": round(seconds, 3),
         "records_per_second": round(sum(r.records for r in reports) / seconds),
     }
 
 
-def _parse_expected(text: str) -> tuple[int, str]:
+def _parse_expected(text: str) -> Link:
     match = re.fullmatch(r"(\d{1,19}):([0-9a-f]{64})", text)
     if match is None:
         raise typer.BadParameter(
             "write it as SEQ:HASH, as verify prints them", param_hint="--expect"
         )
-    return int(match[1]), match[2]
+    return Link(int(match[1]), match[2])
 
 
 @dataclass(frozen=True, slots=True)

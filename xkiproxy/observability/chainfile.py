@@ -55,6 +55,8 @@ class ChainFile:
         self.descriptor = _open_locked(path)
         try:
             self.settle(known, previous)
+            if fsync:
+                _sync_folder(path.parent)  # its name too outlives a power cut
         except BaseException:
             os.close(self.descriptor)
             raise
@@ -171,3 +173,11 @@ def _open_locked(path: Path) -> int:
         os.close(descriptor)
         raise
     return descriptor
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -364,11 +364,11 @@ def verify_chain(
     files: list[Path],
     hmac_key: bytes | None,
     watch: Watcher | None = None,
-    expected: dict[int, str] | None = None,
+    expected: set[Link] | None = None,
 ) -> ChainReport:
     """Verify the files of one chain, in their order; raises OSError.
 
-    A record of `expected` (hashes by number) that is there is taken out of it.
+    A record of `expected` that is there is taken out of it.
     """
     report = ChainReport(name, files)
     verifier = ChainVerifier(report)
@@ -380,8 +380,8 @@ def verify_chain(
         for number, raw in enumerate(read_lines(file), 1):
             line = verifier.take(raw, Place(file, number))
             read_bytes += len(raw)
-            if expected and line is not None and expected.get(line.seq) == line.hash:
-                del expected[line.seq]
+            if expected and line is not None:
+                expected.discard(line.link)
             if mac is not None:
                 mac.update(raw)
             if watch is not None and not number % _REPORT_LINES:
