@@ -108,7 +108,7 @@ async def _measure(folder: Path) -> dict[str, float]:
         "perform": lambda: _drive(store.perform(operation, deadline, Trail())),
         "  of which the lane": lambda: lane.execute(operation),
         "encode": lambda: protocol.encode(operation, result, "id"),
-        "audit": lambda: audit.append(encode(record)),
+        "audit": lambda: audit.append([encode(record)]),
     }
     costs = {name: _median_us(stage) for name, stage in stages.items()}
     await kmi.close()

@@ -219,6 +219,11 @@ def test_keys_and_states_survive_a_kill(running: Installation) -> None:
     running.start()
     assert running.decrypt(made) == b"kept"
     assert running.encrypt(b"x", "other")[1]["Code"] == "KeyDisabledForbidden"
+    (chain,) = json.loads(running.run("audit", "verify", "--json").stdout)["chains"]
+    assert chain["records"] >= 3
+    assert chain["problems"] == []
+    found = running.run("audit", "search", "--key", "other", "--json").stdout.splitlines()
+    assert [json.loads(line)["code"] for line in found] == ["KeyDisabledForbidden"]
 
 
 def test_sigterm_ends_with_status_0(running: Installation) -> None:

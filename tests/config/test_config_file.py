@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from base64 import b64encode
 from pathlib import Path
 
 import pytest
 
 from xkiproxy.config import ConfigError, load_config
-from xkiproxy.config.secrets import SecretError, SecretSource
+from xkiproxy.config.secrets import SecretError, SecretSource, write_secret_file
 from xkiproxy.crypto.operations import CiphertextFormat
 from xkiproxy.keystores.credentials import CredentialError, parse_credentials
 
@@ -269,3 +270,28 @@ class TestCredentials:
     def test_an_id_twice(self) -> None:
         with pytest.raises(CredentialError, match="twice"):
             parse_credentials(self.GOOD + self.GOOD, "f")
+
+
+def test_the_audit_log_of_a_worker_is_kept_as_the_configuration_says(tmp_path: Path) -> None:
+    text = GOOD + ('\n[audit]\nmax_bytes = 65536\nfsync = true\nhmac_key = "audit.key"\n')
+    audit = load_config(write(tmp_path, text)).share(1).audit
+    assert audit.path == tmp_path / "audit-2.jsonl"
+    assert (audit.max_bytes, audit.max_age_hours, audit.fsync) == (65536, 24, True)
+    key = bytes(range(32))
+    source = audit.hmac_key
+    assert source is not None
+    for written in (key.hex(), b64encode(key).decode()):
+        (tmp_path / "audit.key").unlink(missing_ok=True)
+        write_secret_file(tmp_path / "audit.key", written + "\n")
+        assert source.read_key() == key
+    for wrong in ("", "zz" * 32, key.hex()[:-2], b64encode(key + b"x").decode()):
+        (tmp_path / "audit.key").unlink()
+        write_secret_file(tmp_path / "audit.key", wrong)
+        with pytest.raises(SecretError, match="must be 32 bytes") as caught:
+            source.read_key()
+        assert not wrong or wrong not in str(caught.value)
+
+
+def test_an_audit_log_is_not_rotated_all_the_time(tmp_path: Path) -> None:
+    found = problems(tmp_path, GOOD + "\n[audit]\nmax_bytes = 100\n")
+    assert found == {"audit.max_bytes": "must be 0 (no limit) or at least 65536"}

@@ -335,14 +335,14 @@ async def test_audit_records(proxy: Proxy) -> None:
 
 async def test_an_answer_leaves_only_after_its_record_is_written(proxy: Proxy) -> None:
     assert (await proxy.call("encrypt", "aes256", Plaintext="")).status == 200
-    descriptor = proxy.audit._descriptor
+    descriptor = proxy.audit._file.descriptor
     read_only = proxy.audit_path.open()
-    proxy.audit._descriptor = read_only.fileno()
+    proxy.audit._file.descriptor = read_only.fileno()
     for _ in range(2):
         answer = await proxy.call("encrypt", "aes256", Plaintext="")
         assert (answer.status, answer.code) == (503, "ServiceUnavailable")
     assert "audit" in proxy.condition.reasons
-    proxy.audit._descriptor = descriptor
+    proxy.audit._file.descriptor = descriptor
     read_only.close()
     proxy.audit.check()
     proxy.condition.recover("audit")

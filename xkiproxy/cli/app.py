@@ -9,6 +9,7 @@ import typer
 
 from xkiproxy import __version__
 from xkiproxy.cli import (
+    audit,
     call,
     check,
     conformance,
@@ -42,6 +43,7 @@ app.add_typer(keys.app, name="keys")
 app.add_typer(credentials.app, name="credentials")
 app.command("fingerprint")(fingerprint.fingerprint)
 app.command("kms-config")(kms_config.kms_config)
+app.add_typer(audit.app, name="audit")
 app.add_typer(call.app, name="call")
 app.command("conformance")(conformance.conformance)
 

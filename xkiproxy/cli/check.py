@@ -55,7 +55,8 @@ async def _open_all(settings: Config) -> None:
 
 def _check_audit(settings: Config) -> list[Problem]:
     path = settings.audit.path
-    place = path if path.exists() else path.parent
-    if os.access(place, os.W_OK) and not path.is_dir():
+    # The folder too: files that are closed get another name, and one beside them.
+    places = [path.parent, path] if path.exists() else [path.parent]
+    if all(os.access(place, os.W_OK) for place in places) and not path.is_dir():
         return []
     return [Problem("audit.path", f"{path}: cannot be written by this user")]

@@ -14,6 +14,7 @@ from pydantic import (
     ConfigDict,
     Field,
     SerializeAsAny,
+    field_validator,
     model_validator,
 )
 
@@ -206,10 +207,24 @@ class CatalogSettings(Section):
     path: ConfigPath = Field(default="catalog.db", validate_default=True)
 
 
+_MIN_AUDIT_BYTES = 64 << 10
+
+
 class AuditSettings(Section):
-    """Where the audit log is written, one JSON object a line."""
+    """Where the audit log is written, when a file is closed, and what it is closed with."""
 
     path: ConfigPath = Field(default="audit.jsonl", validate_default=True)
+    max_bytes: Annotated[int, Field(ge=0)] = 256 << 20
+    max_age_hours: Annotated[float, Field(ge=0, le=24 * 366)] = 24
+    fsync: bool = False
+    hmac_key: SecretSource | None = None
+
+    @field_validator("max_bytes")
+    @classmethod
+    def _none_or_enough(cls, value: int) -> int:
+        if 0 < value < _MIN_AUDIT_BYTES:
+            raise ValueError(f"must be 0 (no limit) or at least {_MIN_AUDIT_BYTES}")
+        return value
 
 
 class LogSettings(Section):
@@ -237,8 +252,9 @@ class Config(Section):
         """
         path = self.audit.path
         own = path.with_name(f"{path.stem}-{index + 1}{path.suffix}")
+        audit = self.audit.model_copy(update={"path": own})
         kmis = tuple(kmi.share(index, self.server.workers) for kmi in self.kmi)
-        return self.model_copy(update={"audit": AuditSettings(path=own), "kmi": kmis})
+        return self.model_copy(update={"audit": audit, "kmi": kmis})
 
     def find_kmi(self, name: str) -> KmiSettings:
         """The section of a KMI; raises KeyError."""

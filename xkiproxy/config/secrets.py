@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import os
 import stat
+from base64 import b64decode
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from xkiproxy.config.paths import ConfigPath
 
 _MAX_SECRET_SIZE = 1 << 20
+_KEY_SIZE = 32
+_HEX_SIZE = 2 * _KEY_SIZE
 
 _variables: set[str] = set()
 """Every environment variable that a configuration of this process names as a secret."""
@@ -73,6 +77,18 @@ class SecretSource(BaseModel):
             raise SecretError(f"{self}: this secret must be a file; use file or credential")
         _check_private(self.file)
         return self.file
+
+    def read_key(self) -> bytes:
+        """The secret as a key: 32 bytes in Base64 or hex; raises SecretError."""
+        text = self.read()
+        with suppress(ValueError):
+            key = bytes.fromhex(text) if len(text) == _HEX_SIZE else b64decode(text, validate=True)
+            if len(key) == _KEY_SIZE:
+                return key
+        raise SecretError(
+            f"{self}: must be {_KEY_SIZE} bytes, as 44 characters of Base64 or {_HEX_SIZE} of hex;"
+            f" it has {len(text)} characters"
+        )
 
     def read(self) -> str:
         """The secret as text, without white space around it; raises SecretError."""

@@ -1,120 +1,211 @@
-"""The audit log: one JSON object a line, written before the answer leaves.
+"""The audit log: one JSON object a line, chained by hashes, written before the answer leaves.
 
 It fails closed: a record that cannot be written makes the request fail, and while the log is
-broken nothing is served. A torn record (a full disk in the middle of a line) is cut off again, so
-that the log stays parsable line by line. One process writes a log; a lock on the file says so.
+broken nothing is served. A torn record (a full disk in the middle of a line) is cut off again; one
+that a killed server left is closed at the next start by a record of its own. Files are rotated by
+size and age, and the chain goes on from one to the next. One process writes a log; a lock on the
+file says so. docs/audit.md has the format.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
-from collections.abc import Mapping
-from datetime import UTC, datetime
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
-import orjson
+from xkiproxy.observability.chain import CLOSED, ChainError, Link, chain, encode, encode_event
+from xkiproxy.observability.chainfile import ChainFile
+from xkiproxy.observability.logfiles import READ_ONLY, closed_name, closed_seq, write_hmac
+
+__all__ = ["AuditError", "AuditLog", "AuditOptions", "Sink", "encode"]
+
+_MOVE_AWAY = (
+    "; it was changed, or is no log of this version: keep it for examination, move it to another"
+    " folder and start again"
+)
 
 
 class AuditError(Exception):
     """The audit log cannot be written; the text says why and what to do."""
 
 
-def encode(record: Mapping[str, Any]) -> bytes:
-    """A record as its line."""
-    return orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_UTC_Z)
+class Sink(Protocol):
+    """Where audit records go: a file (`AuditLog`), and whatever else keeps them."""
+
+    available: bool
+    error: str
+
+    def append(self, records: Sequence[bytes]) -> None:
+        """Take a group of records, all or none; raises AuditError."""
+
+    def check(self) -> None:
+        """Once a second: housekeeping, and try again what was broken; raises AuditError."""
+
+    def close(self) -> None:
+        """Let go of what is held."""
+
+
+@dataclass(frozen=True, slots=True)
+class AuditOptions:
+    """How a log is kept; 0 is no limit."""
+
+    max_bytes: int = 256 << 20
+    max_age: timedelta = timedelta(hours=24)
+    fsync: bool = False
+    hmac_key: bytes | None = field(default=None, repr=False)
 
 
 class AuditLog:
-    """Appends records to a file.
+    """Appends records to a file; the file that goes before it is closed, with its HMAC.
 
     Records reach the operating system before `append` returns: they outlive the process, whatever
-    ends it. Flushing them to the disk is left to the operating system.
+    ends it. With `fsync` they are on the disk.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Open or make the file (mode 0600); raises AuditError."""
+    def __init__(self, path: Path, options: AuditOptions | None = None) -> None:
+        """Open or make the file (mode 0600) and go on with its chain; raises AuditError."""
         self._path = path
-        self._descriptor = _open(path)
-        self._size = os.fstat(self._descriptor).st_size
+        self._options = options or AuditOptions()
+        self._limit = self._options.max_bytes or sys.maxsize
+        self._closing: str | None = None
+        """The name that the file is to have: it has its last record, the rest is to be done."""
         self.available = True
         self.error = ""
+        self._file = _open(path, self._options, None, "")
+        try:
+            self._take_up_rotation()
+        except AuditError:
+            self.close()
+            raise
 
-    def append(self, lines: bytes) -> None:
+    def append(self, records: Sequence[bytes]) -> None:
         """Append records as `encode` made them, all or none.
 
         Raises:
             AuditError: none was written; the log counts as broken.
         """
+        if not self.available:
+            raise AuditError(self.error)
+        file = self._file
+        lines, link = chain(records, file.link)
+        if file.size + len(lines) > self._limit and file.has_records:
+            self._rotate()
+            file = self._file
+            lines, link = chain(records, file.link)
         try:
-            written = os.write(self._descriptor, lines)
-            if written != len(lines):
-                os.ftruncate(self._descriptor, self._size)
-                raise OSError(28, "No space left on device")
+            file.append(lines, link)
         except OSError as error:
-            self.available = False
-            self.error = f"{self._path}: {error.strerror}"
-            raise AuditError(self.error) from None
-        self._size += written
+            raise self._broken(f"{self._path}: {error.strerror}") from None
 
     def check(self) -> None:
-        """Once a second: follow a rotated file, and try a broken log again; raises AuditError."""
-        if self._is_moved():
-            self._reopen()
+        """Once a second: rotate, follow a file that others moved, try a broken log again.
+
+        Raises:
+            AuditError: the log is broken.
+        """
+        if self._closing is not None:
+            self._finish_rotation()
+        self._look_after_file()
         if not self.available:
-            lost = self.error
-            event = {"time": datetime.now(UTC), "event": "audit_resumed", "after": lost}
-            self.append(encode(event))
+            self._write(encode_event("audit_resumed", after=self.error))
             self.available = True
             self.error = ""
+        age = datetime.now(UTC) - self._file.begun
+        if self._options.max_age and age > self._options.max_age and self._file.has_records:
+            self._rotate()
 
     def close(self) -> None:
-        """Close the file."""
-        os.close(self._descriptor)
+        """Close the file; its chain goes on at the next start."""
+        self._file.close()
+
+    def _write(self, record: bytes) -> None:
+        """A record of the log's own: it may pass the size, since it says why."""
+        try:
+            self._file.append(*chain([record], self._file.link))
+        except OSError as error:
+            raise self._broken(f"{self._path}: {error.strerror}") from None
+
+    def _broken(self, text: str) -> AuditError:
+        self.available = False
+        self.error = text
+        return AuditError(text)
+
+    def _rotate(self) -> None:
+        now = datetime.now(UTC)
+        name = closed_name(self._path, now, self._file.link.seq + 1)
+        has_hmac = self._options.hmac_key is not None
+        self._write(encode_event(CLOSED, file=name, hmac=has_hmac))
+        self._closing = name
+        self._finish_rotation()
+
+    def _take_up_rotation(self) -> None:
+        """Finish what a killed server had begun: the file has its last record already."""
+        last = self._file.last
+        if last is None or last.event != CLOSED:
+            return
+        name = str(last.fields.get("file"))
+        if closed_seq(self._path, name) != last.seq:
+            raise AuditError(f"{self._path}: its last record names no file of this log{_MOVE_AWAY}")
+        self._closing = name
+        self._finish_rotation()
+
+    def _finish_rotation(self) -> None:
+        """From the last record on; each step may be done again after a failure or a kill."""
+        target = self._path.with_name(self._closing or "")
+        try:
+            if not self._is_moved():
+                if self._file.mac is not None:
+                    digest = self._file.mac.hexdigest()
+                    write_hmac(target, digest, fsync=self._options.fsync)
+                self._path.rename(target)
+                # It holds all that it will; whether its mode can be changed matters less.
+                with suppress(OSError):
+                    os.fchmod(self._file.descriptor, READ_ONLY)
+        except OSError as error:
+            raise self._broken(f"{target}: {error.strerror}") from None
+        self._closing = None
+        self._reopen()
+
+    def _look_after_file(self) -> None:
+        try:
+            if self._is_moved():
+                self._reopen()
+                return
+            self._file.repair()
+            if self._file.is_shortened():
+                # Others copied and emptied it; what they leave in it decides.
+                self._file.settle(self._file.link, "")
+        except OSError as error:
+            raise self._broken(f"{self._path}: {error.strerror}") from None
+        except ChainError as error:
+            raise self._broken(f"{self._path}: {error}{_MOVE_AWAY}") from None
 
     def _is_moved(self) -> bool:
         try:
-            return not os.path.samestat(self._path.stat(), os.fstat(self._descriptor))
+            return not os.path.samestat(self._path.stat(), os.fstat(self._file.descriptor))
         except FileNotFoundError:
             return True
-        except OSError as error:
-            self.available = False
-            self.error = f"{self._path}: {error.strerror}"
-            raise AuditError(self.error) from None
 
     def _reopen(self) -> None:
         try:
-            descriptor = _open(self._path)
+            file = _open(self._path, self._options, self._file.link, self._file.name())
         except AuditError as error:
-            self.available = False
-            self.error = str(error)
-            raise
-        os.close(self._descriptor)
-        self._descriptor = descriptor
-        self._size = os.fstat(descriptor).st_size
+            raise self._broken(str(error)) from None
+        self._file.close()
+        self._file = file
 
 
-def _open(path: Path) -> int:
-    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+def _open(path: Path, options: AuditOptions, link: Link | None, previous: str) -> ChainFile:
     try:
-        descriptor = os.open(path, flags, 0o600)
-    except OSError as error:
-        raise AuditError(f"{path}: {error.strerror}") from None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        _end_last_line(descriptor)
+        return ChainFile(path, link, previous, hmac_key=options.hmac_key, fsync=options.fsync)
     except BlockingIOError:
-        os.close(descriptor)
         raise AuditError(f"{path}: another process writes this audit log") from None
     except OSError as error:
-        os.close(descriptor)
         raise AuditError(f"{path}: {error.strerror}") from None
-    return descriptor
-
-
-def _end_last_line(descriptor: int) -> None:
-    """A record torn by a power cut stays as it is; the next one begins on a line of its own."""
-    size = os.fstat(descriptor).st_size
-    if size and os.pread(descriptor, 1, size - 1) != b"\n":
-        os.write(descriptor, b"\n")
+    except ChainError as error:
+        raise AuditError(f"{path}: {error}{_MOVE_AWAY}") from None

@@ -18,7 +18,7 @@ from typing import Any
 
 from xkiproxy.crypto.operations import Fault, Health, OperationError
 from xkiproxy.keystores.keystore import KeyStore, Trail
-from xkiproxy.observability.audit import AuditError, AuditLog, encode
+from xkiproxy.observability.audit import AuditError, Sink, encode
 from xkiproxy.observability.metrics import Metrics
 from xkiproxy.observability.series import Count, Distribution
 from xkiproxy.protocols.base import Caller, Protocol, Refusal, Trouble
@@ -89,7 +89,7 @@ class Gateway:
     def __init__(
         self,
         tenants: Iterable[Tenant],
-        audit: AuditLog,
+        audit: Sink,
         condition: Condition,
         metrics: Metrics,
     ) -> None:
@@ -143,7 +143,7 @@ class Gateway:
         if not exchanges:
             return
         try:
-            self._audit.append(b"".join([exchange.record for exchange in exchanges]))
+            self._audit.append([exchange.record for exchange in exchanges])
         except AuditError as error:
             self._condition.fail("audit", str(error))
             for exchange in exchanges:

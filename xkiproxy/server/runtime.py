@@ -8,7 +8,7 @@ import os
 import ssl
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any, TypeVar
 
@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives import hashes
 
 from xkiproxy import __version__
 from xkiproxy.config import Config, ConfigError, Problem, load_config
-from xkiproxy.config.models import KeystoreSettings
+from xkiproxy.config.models import AuditSettings, KeystoreSettings
 from xkiproxy.config.secrets import SecretError
 from xkiproxy.crypto.operations import OperationError
 from xkiproxy.keystores.catalog import CatalogError
@@ -29,7 +29,7 @@ from xkiproxy.keystores.signing_keys import CachedSigningKeys
 from xkiproxy.keystores.sqlite_catalog import SqliteCatalog
 from xkiproxy.kmi.base import KeyManagerError, KmiState
 from xkiproxy.kmi.registry import open_key_manager, open_kmi
-from xkiproxy.observability.audit import AuditError, AuditLog
+from xkiproxy.observability.audit import AuditError, AuditOptions, Sink
 from xkiproxy.observability.metrics import Metrics
 from xkiproxy.protocols.registry import PROTOCOLS
 from xkiproxy.server.condition import Condition
@@ -73,6 +73,7 @@ class Runtime:
         self._load = load or (lambda: load_config(config.path))
         self._revision = 0
         opening = _Opening(config)
+        self.audit_options = opening.open("audit.hmac_key", lambda: _audit_options(config.audit))
         self.catalog = opening.open("catalog.path", lambda: SqliteCatalog(config.catalog.path))
         self.kmis = {
             kmi.name: opening.open(f"kmi[{i}]", partial(open_kmi, kmi, self.metrics))
@@ -152,7 +153,7 @@ class Runtime:
         """A deep check of every KMI."""
         await asyncio.gather(*(kmi.check() for kmi in self.kmis.values()))
 
-    async def keep_fresh(self, audit: AuditLog, *, purges: bool) -> None:
+    async def keep_fresh(self, audit: Sink, *, purges: bool) -> None:
         """Housekeeping, until cancelled; `purges`: keys whose time has come are destroyed here."""
         work = [
             _every(_REFRESH_SECONDS, self._refresh),
@@ -177,7 +178,7 @@ class Runtime:
         for kmi in self.kmis.values():
             kmi.refresh(changed)
 
-    async def _check_audit(self, audit: AuditLog) -> None:
+    async def _check_audit(self, audit: Sink) -> None:
         try:
             audit.check()
         except AuditError as error:
@@ -257,6 +258,15 @@ def _fingerprint(config: Config) -> str:
     if tls is None:
         return ""
     return f"sha256-{load_certificate(tls.certificate).fingerprint(hashes.SHA256()).hex()}"
+
+
+def _audit_options(settings: AuditSettings) -> AuditOptions:
+    return AuditOptions(
+        max_bytes=settings.max_bytes,
+        max_age=timedelta(hours=settings.max_age_hours),
+        fsync=settings.fsync,
+        hmac_key=None if settings.hmac_key is None else settings.hmac_key.read_key(),
+    )
 
 
 def _store_status(tenant: Tenant) -> dict[str, Any]:

@@ -120,7 +120,7 @@ class PublicSide:
         event = {"time": datetime.now(UTC), "event": f"reload_{outcome}"}
         details = {"problems": problems} if problems else {"changes": changes}
         with suppress(AuditError):  # housekeeping meets the same error and stops serving
-            self._audit.append(encode({**event, **details}))
+            self._audit.append([encode({**event, **details})])
 
 
 @asynccontextmanager
@@ -132,7 +132,7 @@ async def running_parts(
     """The parts that serve requests, started; raises ConfigError or AuditError. See `Runtime`."""
     runtime = Runtime(config, replay_table, load)
     try:
-        audit = AuditLog(config.audit.path)
+        audit = AuditLog(config.audit.path, runtime.audit_options)
         try:
             await runtime.start()
             yield runtime, audit
