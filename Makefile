@@ -1,12 +1,13 @@
 # Everything a fresh Debian machine with Python 3.11 and make needs, in two commands:
 #   make run    a proxy with one key store and one key, on https://localhost:8443
 #   make test   linters and all tests
+#   make bench  the benchmark with its targets; make bench-quick in a minute
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 DEMO   ?= run/demo
 
-.PHONY: run test lint system-packages clean
+.PHONY: run test lint bench bench-quick system-packages clean
 
 run: $(BIN)/.installed
 	@test -e $(DEMO)/xkiproxy.toml || $(BIN)/xkiproxy init $(DEMO)
@@ -21,6 +22,12 @@ lint: $(BIN)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+bench: system-packages $(BIN)/.installed-bench
+	$(BIN)/python -m benchmarks run --output run/bench/results.json --plots run/bench
+
+bench-quick: system-packages $(BIN)/.installed-bench
+	$(BIN)/python -m benchmarks run --quick --output run/bench/quick.json
+
 system-packages:
 	@tests/system-packages.sh
 
@@ -33,6 +40,10 @@ $(BIN)/.installed: $(BIN)/python pyproject.toml
 
 $(BIN)/.installed-test: $(BIN)/python pyproject.toml
 	$(BIN)/pip install --quiet --editable '.[test]'
+	@touch $@ $(BIN)/.installed
+
+$(BIN)/.installed-bench: $(BIN)/python pyproject.toml
+	$(BIN)/pip install --quiet --editable '.[bench]'
 	@touch $@ $(BIN)/.installed
 
 clean:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
@@ -10,14 +11,21 @@ from urllib.parse import urlsplit
 import typer
 import uvloop
 
+from benchmarks import suite
 from benchmarks.load import LoadError, LoadResult, Plan, Target, Workload, run_load
 from benchmarks.load.requests import Call
 from benchmarks.report import cpu_table, remarks, table
+from benchmarks.scenarios import FULL, QUICK, SCENARIOS
 from benchmarks.servers import BareServer, ChildServer, ProtocolName, ProxyServer
 from xkiproxy.config.secrets import SecretError, SecretSource
 from xkiproxy.keystores.credentials import Credential, CredentialError, load_credentials
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Loads for XKI and XKS proxies.")
+app = typer.Typer(
+    name="xkiproxy-bench",
+    no_args_is_help=True,
+    add_completion=False,
+    help="Loads for XKI and XKS proxies.",
+)
 
 _BARE_RATE = 35_000
 """More requests a second than a process of the bare server can answer: none is signed late."""
@@ -113,6 +121,55 @@ def demo(
         except LoadError as error:
             _fail(str(error))
     _show(results, json_file)
+
+
+@app.command()
+def run(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Scenarios; default: all.", metavar="[NAME]...")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A minute, less exact.")] = False,
+    output: Annotated[
+        Path | None, typer.Option(help="Write everything as JSON.", metavar="FILE")
+    ] = None,
+    plots: Annotated[
+        Path | None, typer.Option(help="Draw the curves there.", metavar="FOLDER")
+    ] = None,
+) -> None:
+    """Run the scenarios and print their figures beside their targets.
+
+    Exits with 1 if an answer was wrong or missing; a target that is missed is a measurement.
+
+    Example: python -m benchmarks run --output run/bench/results.json --plots run/bench
+    """
+    chosen = names or [name for name in SCENARIOS if not (quick and name == "curves")]
+    for name in chosen:
+        if name not in SCENARIOS:
+            raise typer.BadParameter(f"there are: {', '.join(SCENARIOS)}", param_hint="NAME")
+    try:
+        results = asyncio.run(suite.run_suite(chosen, QUICK if quick else FULL))
+    except LoadError as error:
+        _fail(str(error))
+    if output is not None:
+        suite.write(results, output)
+    if plots is not None:
+        suite.plot(results, plots)
+    typer.echo(suite.table(results))
+    if failed := suite.failures(results):
+        typer.echo(f"failures: {failed}", err=True)
+        raise typer.Exit(1)
+
+
+@app.command()
+def compare(
+    one: Annotated[Path, typer.Argument(help="What `run --output` wrote.")],
+    other: Annotated[Path, typer.Argument(help="And a later one.")],
+) -> None:
+    """Set two results side by side.
+
+    Example: python -m benchmarks compare before.json after.json
+    """
+    typer.echo(suite.compare(json.loads(one.read_text()), json.loads(other.read_text())))
 
 
 def _measure(

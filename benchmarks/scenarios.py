@@ -1,0 +1,387 @@
+"""The scenarios of the benchmark: what is measured, in alternating rounds, and what is wanted.
+
+Machines are noisy, so a figure is a ratio within one run: the two sides take turns, and the median
+of the rounds' ratios counts. A scenario returns its figures, and what else is worth knowing of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import sys
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from benchmarks.load.processes import run_load
+from benchmarks.load.requests import Workload
+from benchmarks.load.results import LoadError, LoadResult
+from benchmarks.load.run import Plan
+from benchmarks.servers import KEY_ID, BareServer, ChildServer, ProxyServer
+
+_DEADLINE_US = 250_000
+_BARE_RATE = 40_000
+"""Requests a second to sign ahead for the bare server: more than it answers."""
+_GENERATOR_KINDS = frozenset({"no answer", "never sent"})
+"""What the end of a flood leaves over in the generator: no answers of the server's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How long and how often: `seconds` a round, `rounds`, `memory_requests` in all."""
+
+    seconds: float
+    rounds: int
+    memory_requests: int
+
+
+FULL = Pace(4.0, 5, 1_000_000)
+QUICK = Pace(0.7, 1, 30_000)
+
+
+@dataclass
+class Figure:
+    """One measured figure; `wanted` is such as ">= 0.60", or empty where there is no target."""
+
+    name: str
+    rounds: list[float]
+    wanted: str = ""
+    remark: str = ""
+
+    @property
+    def value(self) -> float:
+        """The median of the rounds."""
+        return statistics.median(self.rounds)
+
+    @property
+    def is_met(self) -> bool | None:
+        """Whether the target is reached; None without one."""
+        if not self.wanted:
+            return None
+        sign, _, limit = self.wanted.partition(" ")
+        return self.value >= float(limit) if sign == ">=" else self.value <= float(limit)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything."""
+        return {
+            "name": self.name,
+            "value": self.value,
+            "rounds": self.rounds,
+            "wanted": self.wanted,
+            "met": self.is_met,
+            "remark": self.remark,
+        }
+
+
+@dataclass
+class Outcome:
+    """What a scenario came to; `curves` are points for plots, `failures` wrong answers, errors."""
+
+    figures: list[Figure] = field(default_factory=list)
+    curves: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    failures: dict[str, int] = field(default_factory=dict)
+
+    def count(self, result: LoadResult, *, flood: bool = False) -> LoadResult:
+        """Note what failed; in a flood what is left over in the generator is none."""
+        for kind, number in {**result.errors, "wrong plaintext": result.wrong}.items():
+            if number and not (flood and kind in _GENERATOR_KINDS):
+                self.failures[kind] = self.failures.get(kind, 0) + number
+        return result
+
+
+Scenario = Callable[[Pace], Awaitable[Outcome]]
+
+
+def _say(text: str) -> None:
+    print(f"  {text}", file=sys.stderr, flush=True)
+
+
+async def _load(
+    server: ChildServer, workload: Workload, seconds: float, *, connections: int = 64, **more: Any
+) -> LoadResult:
+    processes = more.pop("processes", 1)
+    more.setdefault("warm_up", min(1.0, seconds / 2))
+    if isinstance(server, BareServer):
+        more.setdefault("ahead", int(_BARE_RATE * (seconds + 1)))
+    plan = Plan(server.target, workload, connections, seconds, **more)
+    return await run_load(plan, processes, probe=server.cpu_seconds)
+
+
+def _server_us(result: LoadResult) -> float:
+    """CPU microseconds of the server's own process for a request, without lanes."""
+    costs = result.cpu_us_per_request()
+    return sum(cost for name, cost in costs.items() if name != "generator" and "lane" not in name)
+
+
+async def _compare(
+    pace: Pace,
+    outcome: Outcome,
+    one: tuple[ChildServer, Workload],
+    other: tuple[ChildServer, Workload],
+) -> list[tuple[LoadResult, LoadResult]]:
+    """The two sides in turns."""
+    rounds = []
+    for number in range(pace.rounds):
+        first = outcome.count(await _load(*one, pace.seconds))
+        second = outcome.count(await _load(*other, pace.seconds))
+        rounds.append((first, second))
+        _say(f"round {number + 1}: {first.rate:,.0f}/s and {second.rate:,.0f}/s")
+    return rounds
+
+
+def _rates(rounds: list[tuple[LoadResult, LoadResult]]) -> list[float]:
+    return [first.rate / second.rate for first, second in rounds if second.rate]
+
+
+async def software_vs_bare(pace: Pace) -> Outcome:
+    """Everything on, plain HTTP, 64 connections, against a server that does nothing."""
+    outcome = Outcome()
+    with BareServer(tls=False) as bare, ProxyServer(tls=False) as proxy:
+        sides = (proxy, proxy.workload("xki")), (bare, bare.workload("xki"))
+        rounds = await _compare(pace, outcome, *sides)
+    cost = statistics.median(_server_us(first) for first, _ in rounds)
+    other = statistics.median(_server_us(second) for _, second in rounds)
+    remark = f"CPU of the server {cost:.0f} us a request, bare {other:.0f}"
+    outcome.figures.append(
+        Figure("software KMI against bare, requests a second", _rates(rounds), ">= 0.60", remark)
+    )
+    return outcome
+
+
+async def hsm_vs_software(pace: Pace) -> Outcome:
+    """SoftHSM by a lane against the software KMI: CPU of the server's process."""
+    outcome = Outcome()
+    with ProxyServer(tls=False) as software, ProxyServer(kmi="pkcs11", tls=False, lanes=1) as hsm:
+        sides = (hsm, hsm.workload("xki")), (software, software.workload("xki"))
+        rounds = await _compare(pace, outcome, *sides)
+    ratios = [_server_us(first) / _server_us(second) for first, second in rounds]
+    outcome.figures.append(
+        Figure("SoftHSM against software KMI, server CPU a request", ratios, "<= 1.25")
+    )
+    outcome.figures.append(
+        Figure("SoftHSM against software KMI, requests a second", _rates(rounds))
+    )
+    return outcome
+
+
+async def xks_vs_xki(pace: Pace) -> Outcome:
+    """The two protocols, on one server."""
+    outcome = Outcome()
+    with ProxyServer(tls=False) as proxy:
+        sides = (proxy, proxy.workload("xks")), (proxy, proxy.workload("xki"))
+        rounds = await _compare(pace, outcome, *sides)
+    outcome.figures.append(Figure("XKS against XKI, requests a second", _rates(rounds), ">= 0.90"))
+    return outcome
+
+
+async def tls_vs_plain(pace: Pace) -> Outcome:
+    """Connections kept alive, with TLS and without."""
+    outcome = Outcome()
+    with ProxyServer(tls=True) as secure, ProxyServer(tls=False) as plain:
+        sides = (secure, secure.workload("xki")), (plain, plain.workload("xki"))
+        rounds = await _compare(pace, outcome, *sides)
+    outcome.figures.append(
+        Figure("TLS against plain, requests a second", _rates(rounds), ">= 0.80")
+    )
+    return outcome
+
+
+async def open_loop(pace: Pace) -> Outcome:
+    """AWS's quota for a key store, over TLS, on SoftHSM; latency from the intended time."""
+    outcome = Outcome()
+    p99, p999 = [], []
+    with ProxyServer(kmi="pkcs11", lanes=1) as proxy:
+        for _ in range(max(1, pace.rounds - 2)):
+            load = _load(proxy, proxy.workload("xki", "mixed"), 3 * pace.seconds, rate=1800)
+            result = outcome.count(await load)
+            p99.append(result.latency_us(99) / 1000)
+            p999.append(result.latency_us(99.9) / 1000)
+            _say(f"p99 {p99[-1]:.2f} ms, p99.9 {p999[-1]:.2f} ms")
+    outcome.figures.append(Figure("1,800 a second, TLS, SoftHSM: p99, ms", p99, "<= 5"))
+    outcome.figures.append(Figure("1,800 a second, TLS, SoftHSM: p99.9, ms", p999, "<= 25"))
+    return outcome
+
+
+async def overload(pace: Pace) -> Outcome:
+    """Three times what can be served, and then a normal load.
+
+    Beyond its capacity an open loop queues in the generator, so that its latencies say nothing of
+    the server: those of the admitted are measured by a closed loop of 900 connections.
+    """
+    outcome = Outcome()
+    useful, late, recovered = [], [], []
+    with ProxyServer(tls=False) as proxy:
+        workload = proxy.workload("xki")
+        for _ in range(pace.rounds):
+            best = outcome.count(await _load(proxy, workload, pace.seconds))
+            # No warm-up: what is due in it would never be caught up with.
+            flood = await _load(
+                proxy, workload, 2 * pace.seconds, connections=600, rate=3 * best.rate,
+                processes=2, grace=0.2, warm_up=0,
+            )  # fmt: skip
+            after = outcome.count(await _load(proxy, workload, 1.0, rate=best.rate / 2))
+            crowd = await _load(proxy, workload, pace.seconds, connections=900, processes=2)
+            outcome.count(flood, flood=True)
+            outcome.count(crowd, flood=True)
+            useful.append(flood.rate / best.rate)
+            late.append(float(_over(crowd, _DEADLINE_US)))
+            recovered.append(after.latency_us(99) / 1000)
+            longest = crowd.histogram.get_max_value() / 1000
+            _say(f"best {best.rate:,.0f}/s, useful under the flood {flood.rate:,.0f}/s")
+            _say(f"longest answer with 900 connections {longest:.0f} ms")
+    outcome.figures.append(
+        Figure("useful answers at three times the capacity, of the best rate", useful, ">= 0.90")
+    )
+    outcome.figures.append(Figure("answers over 250 ms with 900 connections", late, "<= 0"))
+    outcome.figures.append(
+        Figure("p99 of half the best rate in the second after the flood, ms", recovered, "<= 50")
+    )
+    return outcome
+
+
+def _over(result: LoadResult, limit_us: int) -> int:
+    items = result.histogram.get_recorded_iterator()
+    return sum(item.count_at_value_iterated_to for item in items
+               if item.value_iterated_to > limit_us)  # fmt: skip
+
+
+async def memory(pace: Pace) -> Outcome:
+    """Memory after many requests against after ten thousand.
+
+    With XKS, since XKI's replay window keeps 70 bytes of each request of 15 minutes by design.
+    """
+    outcome = Outcome()
+    with ProxyServer(tls=False) as proxy:
+        sizes: dict[str, list[tuple[int, int]]] = {}
+        for protocol in ("xks", "xki"):
+            workload = proxy.workload("xks" if protocol == "xks" else "xki")
+            first = outcome.count(await _load(proxy, workload, 1.0))
+            before = sum(proxy.rss_bytes().values())
+            seconds = pace.memory_requests / (first.rate or 1)
+            rest = outcome.count(await _load(proxy, workload, seconds, ahead=300_000))
+            sizes[protocol] = [(first.total, before), (rest.total, sum(proxy.rss_bytes().values()))]
+            _say(
+                f"{protocol}: {before >> 20} MB, after {rest.total:,} {sizes[protocol][1][1] >> 20}"
+            )
+    (_, small), (_, large) = sizes["xks"]
+    (_, xki_small), (count, xki_large) = sizes["xki"]
+    remark = f"XKI: {(xki_large - xki_small) / max(count, 1):.0f} bytes a request, replay window"
+    outcome.figures.append(
+        Figure(
+            "memory after many requests against ten thousand", [large / small], "<= 1.05", remark
+        )
+    )
+    return outcome
+
+
+async def stall(pace: Pace) -> Outcome:
+    """The longest answer to a trivial request while keys change and the server reloads.
+
+    A prober asks every 2 ms for what is refused at once. It shows how long the loop was held up,
+    and also how long the prober and the server waited for a CPU, which the changes need too.
+    """
+    outcome = Outcome()
+    with ProxyServer(tls=False) as proxy:
+        base = proxy.prefix("xki")
+        quiet = await _probe(proxy.port, f"{base}/kms/xki/v1/health", pace.seconds)
+        stop = asyncio.Event()
+        changes = asyncio.create_task(_change_keys(proxy, stop))
+        load = asyncio.create_task(_load(proxy, proxy.workload("xki"), 2 * pace.seconds, rate=3000))
+        times = await _probe(proxy.port, f"{base}/kms/xki/v1/health", 2 * pace.seconds)
+        outcome.count(await load)
+        stop.set()
+        await changes
+    idle = statistics.median(quiet)
+    worst = 1000 * statistics.quantiles(times, n=1000)[-1]
+    remark = f"p99.9 of {len(times):,} probes {worst:.1f} ms; idle median {1e6 * idle:.0f} us"
+    name = "longest stall under load with key changes and reloads, ms"
+    outcome.figures.append(Figure(name, [1000 * (max(times) - idle)], "<= 20", remark))
+    return outcome
+
+
+async def _probe(port: int, path: str, seconds: float) -> list[float]:
+    """Seconds that each answer took."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    request = f"GET {path} HTTP/1.1\r\nhost: x\r\n\r\n".encode()
+    times = []
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        began = time.perf_counter()
+        writer.write(request)
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+        await reader.readexactly(length)
+        times.append(time.perf_counter() - began)
+        await asyncio.sleep(0.002)
+    writer.close()
+    return times
+
+
+async def _change_keys(proxy: ProxyServer, stop: asyncio.Event) -> None:
+    """Keys made, disabled, enabled and rotated, and reloads, one after the other."""
+    number = 0
+    while not stop.is_set():
+        number += 1
+        for words in (["keys", "create", f"key-{number}"], ["keys", "disable", f"key-{number}"],
+                      ["keys", "rotate", KEY_ID], ["reload"]):  # fmt: skip
+            command = [sys.executable, "-m", "xkiproxy", *words, "--config", str(proxy.config)]
+            process = await asyncio.create_subprocess_exec(
+                *command, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE
+            )
+            _, said = await process.communicate()
+            if process.returncode:
+                raise LoadError(f"{' '.join(words)}: {said.decode()}")
+            if stop.is_set():
+                return
+
+
+async def curves(pace: Pace) -> Outcome:
+    """Throughput against concurrency; latency against the offered rate (TLS, SoftHSM)."""
+    outcome = Outcome()
+    seconds = pace.seconds / 2
+    servers: Mapping[str, ChildServer] = {
+        "bare": BareServer(tls=True),
+        "software KMI": ProxyServer(),
+        "SoftHSM": ProxyServer(kmi="pkcs11", lanes=1),
+    }
+    best = 0.0
+    for name, server in servers.items():
+        with server:
+            workload = server.workload("xki")
+            points = []
+            for connections in (1, 4, 16, 64, 256):
+                load = _load(server, workload, seconds, connections=connections)
+                result = outcome.count(await load)
+                points.append((float(connections), result.rate))
+                _say(f"{name}, {connections} connections: {result.rate:,.0f}/s")
+            outcome.curves[f"throughput: {name}"] = points
+            if name == "SoftHSM":
+                best = max(rate for _, rate in points)
+                await _latency_curve(server, workload, seconds, best, outcome)
+    return outcome
+
+
+async def _latency_curve(
+    server: ChildServer, workload: Workload, seconds: float, best: float, outcome: Outcome
+) -> None:
+    for share in (0.1, 0.3, 0.5, 0.7, 0.9):
+        result = outcome.count(await _load(server, workload, seconds, rate=best * share))
+        for percentile in (50.0, 99.0, 99.9):
+            points = outcome.curves.setdefault(f"latency: p{percentile:g}", [])
+            points.append((best * share, result.latency_us(percentile) / 1000))
+        _say(f"{best * share:,.0f} offered: p99 {result.latency_us(99) / 1000:.2f} ms")
+
+
+SCENARIOS: dict[str, Scenario] = {
+    "software-vs-bare": software_vs_bare,
+    "hsm-vs-software": hsm_vs_software,
+    "xks-vs-xki": xks_vs_xki,
+    "tls-vs-plain": tls_vs_plain,
+    "open-loop": open_loop,
+    "overload": overload,
+    "memory": memory,
+    "stall": stall,
+    "curves": curves,
+}
+"""By the name to ask for it."""
