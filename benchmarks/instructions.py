@@ -62,7 +62,13 @@ _ENVIRONMENT = {
     "PYTHONHASHSEED": "0",
     # OpenSSL's code for plain SSE, AES-NI and PCLMUL: the counts of all machines are the same.
     "OPENSSL_ia32cap": "~0x1000000000000000:0",
+    # Memory comes from the system in one piece: how often it is asked for more, or given some
+    # back, depends on the lengths of paths, and was worth one percent of a part.
+    "GLIBC_TUNABLES": "glibc.malloc.trim_threshold=1000000000:glibc.malloc.top_pad=100000000",
 }
+
+_INHERITED = ("PATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV")
+"""No more than is needed: settings of Python, or of a memory allocator, would move the counts."""
 
 
 class GateError(Exception):
@@ -130,7 +136,8 @@ def _run(names: Sequence[str], planted: str, folder: Path) -> None:
     ]  # fmt: skip
     program = [sys.executable, "-m", "benchmarks.parts", *names]
     path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH", "")]))
-    environment = {**os.environ, **_ENVIRONMENT, "PYTHONPATH": path, PLANT: planted}
+    inherited = {name: os.environ[name] for name in _INHERITED if name in os.environ}
+    environment = {**inherited, **_ENVIRONMENT, "PYTHONPATH": path, PLANT: planted}
     try:
         done = subprocess.run(
             [*counter, *program], env=environment, capture_output=True, text=True, check=False

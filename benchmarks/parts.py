@@ -296,7 +296,7 @@ PLANT = "PLANT_SLOWNESS_IN"
 def _slower(step: Step) -> Step:
     def slow() -> None:
         step()
-        assert len({str(i): i for i in range(100)}) == 100
+        assert len({str(i): i for i in range(10)}) == 10
 
     return slow
 

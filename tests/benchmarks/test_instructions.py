@@ -36,7 +36,6 @@ def test_the_hot_path_keeps_within_its_budget() -> None:
 
 @counts_instructions
 def test_a_slower_part_is_noticed() -> None:
-    """Twenty more entries of a dict in a part of 120 000 instructions."""
     counts = count(["xki-authenticate"], planted="xki-authenticate")
     good, table = judge(counts, read_budget())
     assert not good
