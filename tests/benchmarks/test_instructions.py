@@ -86,6 +86,17 @@ def test_a_part_without_a_budget_fails() -> None:
     assert "NOT RECORDED" in table
 
 
+@pytest.mark.parametrize(("factor", "status"), [(1.0, 0), (1.1, 1)])
+def test_the_exit_status(
+    factor: float, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["instructions"])
+    monkeypatch.setattr(instructions, "count", lambda _: slower("perform", factor))
+    monkeypatch.setattr(instructions, "read_budget", lambda: RECORDED)
+    assert instructions.main() == status
+    assert ("OVER" in capsys.readouterr().out) is bool(status)
+
+
 # ---- the file -----------------------------------------------------------------------------------
 
 
