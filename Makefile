@@ -2,12 +2,13 @@
 #   make run    a proxy with one key store and one key, on https://localhost:8443
 #   make test   linters and all tests
 #   make bench  the benchmark with its targets; make bench-quick in a minute
+# The tests hold the hot path to its budget of instructions; `make gate` shows the table alone.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 DEMO   ?= run/demo
 
-.PHONY: run test lint bench bench-quick system-packages clean
+.PHONY: run test lint bench bench-quick gate system-packages clean
 
 run: $(BIN)/.installed
 	@test -e $(DEMO)/xkiproxy.toml || $(BIN)/xkiproxy init $(DEMO)
@@ -27,6 +28,9 @@ bench: system-packages $(BIN)/.installed-bench
 
 bench-quick: system-packages $(BIN)/.installed-bench
 	$(BIN)/python -m benchmarks run --quick --output run/bench/quick.json
+
+gate: system-packages $(BIN)/.installed-test
+	$(BIN)/python -m benchmarks.instructions
 
 system-packages:
 	@tests/system-packages.sh

@@ -23,6 +23,7 @@ need certutil libnss3-tools
 need_file libnss3 /usr/lib/*/libsoftokn3.so
 need gcc gcc
 need_file libc6-dev /usr/include/stdio.h
+need valgrind valgrind
 
 [ -n "$missing" ] || exit 0
 sudo=""
