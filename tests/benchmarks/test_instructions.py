@@ -14,7 +14,9 @@ from benchmarks.instructions import Budget, GateError, count, judge, read_budget
 from benchmarks.parts import PARTS, REFERENCE
 
 COUNTS = {REFERENCE: 1000.0, "xki-encode": 200.0, "perform": 400.0}
-RECORDED = Budget(this_build(), instructions._libraries(), {REFERENCE: 1.0, "xki-encode": 0.2, "perform": 0.4})
+RECORDED = Budget(
+    this_build(), instructions._libraries(), {REFERENCE: 1.0, "xki-encode": 0.2, "perform": 0.4}
+)
 ELSEWHERE = replace(RECORDED, build="2.7.18, a machine, a compiler")
 
 # Half a minute on two cores of its own, much longer where other tests run at the same time.
