@@ -75,7 +75,8 @@ class Row:
         return self.rate / self.straight
 
 
-def _make_token(folder: Path) -> Pkcs11Settings:
+def make_token(folder: Path) -> Pkcs11Settings:
+    """A SoftHSM token with a key in a folder; also sets SOFTHSM2_CONF."""
     module = next(path for path in _MODULES if Path(path).exists())
     (folder / "tokens").mkdir()
     conf = folder / "softhsm2.conf"
@@ -98,7 +99,8 @@ def _make_token(folder: Path) -> Pkcs11Settings:
     return settings
 
 
-def _straight_rate(settings: Pkcs11Settings, seconds: float) -> float:
+def straight_rate(settings: Pkcs11Settings, seconds: float) -> float:
+    """Encrypts a second of one thread that calls the module straight."""
     arguments = [str(settings.module), "bench", _PIN, str(seconds)]
     done = subprocess.run(
         [sys.executable, "-c", _STRAIGHT, *arguments], check=True, capture_output=True, text=True
@@ -139,7 +141,7 @@ def _run(settings: Pkcs11Settings, seconds: float, quick: bool) -> list[Row]:
     rows = []
     for lanes in (1,) if quick else _LANES:
         for concurrency in (64,) if quick else _CONCURRENCY:
-            straight = _straight_rate(settings, seconds)
+            straight = straight_rate(settings, seconds)
             for max_batch in _BATCHES:
                 rate, latencies = uvloop.run(
                     _measure(settings, lanes, concurrency, max_batch, seconds)
@@ -208,7 +210,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="a folder for dispatcher.json and .png")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        settings = _make_token(Path(folder))
+        settings = make_token(Path(folder))
         _print_header()
         rows = _run(settings, arguments.seconds, arguments.quick)
     _print_targets(rows)

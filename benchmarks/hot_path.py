@@ -18,7 +18,7 @@ from typing import Any
 import orjson
 
 from xkiproxy.crypto.algorithms import KeySpec, Usage
-from xkiproxy.crypto.operations import Encrypted, KeyState
+from xkiproxy.crypto.operations import Encrypt, Encrypted, KeyState
 from xkiproxy.keystores.catalog import CatalogEntry
 from xkiproxy.keystores.credentials import Credential
 from xkiproxy.keystores.keystore import KeyStore, Trail
@@ -115,6 +115,24 @@ async def _measure(folder: Path) -> dict[str, float]:
     catalog.close()
     audit.close()
     return costs
+
+
+def software_rate(seconds: float) -> float:
+    """Encrypts a second of the software lane, called straight."""
+    with tempfile.TemporaryDirectory() as folder:
+        master_key = new_master_key()
+        create_keyring(Path(folder) / "keyring.db", master_key)
+        keyring = Keyring(Path(folder) / "keyring.db", master_key, "the benchmark")
+        keyring.create("k", KeySpec.AES_256)
+        lane, operation, count = SoftwareLane(keyring), Encrypt("k", bytes(32)), 0
+        began = time.perf_counter()
+        while time.perf_counter() < began + seconds:
+            for _ in range(100):
+                lane.execute(operation)
+            count += 100
+        rate = count / (time.perf_counter() - began)
+        lane.close()
+    return rate
 
 
 def _median_us(stage: Callable[[], Any]) -> float:

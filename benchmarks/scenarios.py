@@ -9,11 +9,15 @@ from __future__ import annotations
 import asyncio
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from benchmarks.dispatcher import make_token, straight_rate
+from benchmarks.hot_path import software_rate
 from benchmarks.load.processes import run_load
 from benchmarks.load.requests import Workload
 from benchmarks.load.results import LoadError, LoadResult
@@ -337,6 +341,31 @@ async def _change_keys(proxy: ProxyServer, stop: asyncio.Event) -> None:
                 return
 
 
+async def kmi_alone(pace: Pace) -> Outcome:
+    """What of a KMI's own rate, called straight in a loop, the proxy passes on."""
+    outcome = Outcome()
+    software: list[float] = []
+    hsm: list[float] = []
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ProxyServer(tls=False) as by_software,
+        ProxyServer(kmi="pkcs11", tls=False, lanes=1) as by_hsm,
+    ):
+        settings = make_token(Path(folder))
+        for _ in range(pace.rounds):
+            alone = (software_rate(pace.seconds / 4), straight_rate(settings, pace.seconds / 4))
+            for rates, proxy, rate in zip(
+                (software, hsm), (by_software, by_hsm), alone, strict=True
+            ):
+                load = _load(proxy, proxy.workload("xki"), pace.seconds)
+                result = outcome.count(await load)
+                rates.append(result.rate / rate)
+                _say(f"{rate:,.0f}/s alone, {result.rate:,.0f}/s through the proxy")
+    outcome.figures.append(Figure("the proxy against the software KMI alone", software))
+    outcome.figures.append(Figure("the proxy against SoftHSM alone, one thread", hsm))
+    return outcome
+
+
 async def curves(pace: Pace) -> Outcome:
     """Throughput against concurrency; latency against the offered rate (TLS, SoftHSM)."""
     outcome = Outcome()
@@ -383,6 +412,7 @@ SCENARIOS: dict[str, Scenario] = {
     "overload": overload,
     "memory": memory,
     "stall": stall,
+    "kmi-alone": kmi_alone,
     "curves": curves,
 }
 """By the name to ask for it."""

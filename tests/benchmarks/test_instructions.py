@@ -78,7 +78,7 @@ def test_another_build_of_python_has_a_wider_tolerance(factor: float, good: bool
 
 def test_another_library_is_named_when_a_part_is_over() -> None:
     budget = replace(RECORDED, libraries={"aiohttp": "0.1"})
-    _, table = judge(slower("perform", 1.1), budget)
+    _, table = judge(slower("perform", 1.2), budget)
     assert "recorded with aiohttp 0.1" in table
 
 
