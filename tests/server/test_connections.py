@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import ssl
 from pathlib import Path
@@ -13,6 +14,10 @@ from harness import Proxy, make_certificate
 
 from xkiproxy.config.models import ServerSettings, TlsSettings
 from xkiproxy.config.secrets import SecretSource
+from xkiproxy.protocols.base import Trouble
+from xkiproxy.protocols.xki import XkiProtocol
+from xkiproxy.protocols.xks import XksProtocol
+from xkiproxy.server.http import Request
 from xkiproxy.server.tls import TlsError, server_context
 
 TLS_1_2 = ssl.TLSVersion.TLSv1_2
@@ -157,6 +162,49 @@ async def test_a_fault_of_ours_in_the_commit_closes_and_answers_nothing(
         with contextlib.suppress(ConnectionError, ssl.SSLError):
             assert await asyncio.wait_for(reader.read(), 10) == b""
     assert (await proxy.call("health")).status == 200
+    writer.close()
+
+
+async def test_a_whole_chunked_body_over_the_limit_leaves_the_connection_usable(
+    proxy: Proxy,
+) -> None:
+    reader, writer = await connect(proxy)
+    head = f"POST {proxy.base}/health HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+    size = 150 * 1024
+    writer.write(head.encode() + b"%x\r\n" % size + b"x" * size + b"\r\n0\r\n\r\n")
+    status, head_bytes, _ = await read_answer(reader)
+    assert status == 413
+    if b"connection: close" not in head_bytes.lower():
+        writer.write(request_bytes(proxy, proxy.cloud.body()))
+        assert (await read_answer(reader))[0] == 200
+    writer.close()
+
+
+async def test_the_body_of_the_last_of_many_pipelined_requests_is_read(proxy: Proxy) -> None:
+    reader, writer = await connect(proxy)
+    whole = b"".join(request_bytes(proxy, proxy.cloud.body()) for _ in range(15))
+    last = request_bytes(proxy, proxy.cloud.body())
+    writer.write(whole + last[:-40])
+    await asyncio.sleep(0.1)
+    writer.write(last[-40:])
+    assert [(await read_answer(reader))[0] for _ in range(16)] == [200] * 16
+    writer.close()
+
+
+async def test_refused_requests_leave_nothing_behind(proxy: Proxy) -> None:
+    """Memory: an exception that is raised again and again keeps every frame that it passed."""
+    for trouble in Trouble:
+        one, other = (protocol.refuse(trouble) for protocol in (XkiProtocol(), XkiProtocol()))
+        assert one is not other
+        assert XksProtocol().refuse(trouble) is not XksProtocol().refuse(trouble)
+    reader, writer = await connect(proxy)
+    gc.collect()
+    before = sum(isinstance(thing, Request) for thing in gc.get_objects())
+    for _ in range(200):
+        writer.write(f"GET {proxy.base}/health HTTP/1.1\r\nhost: x\r\n\r\n".encode())
+        assert (await read_answer(reader))[0] == 405
+    gc.collect()
+    assert sum(isinstance(thing, Request) for thing in gc.get_objects()) <= before + 3
     writer.close()
 
 

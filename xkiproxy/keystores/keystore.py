@@ -134,7 +134,11 @@ class KeyStore:
         return HealthReport(Availability.DEGRADED, "", kmis)
 
     def _find(self, key_id: str) -> tuple[Kmi, CatalogEntry]:
-        """The first KMI that has the key and is there, else the first that has it."""
+        """The first KMI that has the key and is there, else the first that has it.
+
+        A key that is not enabled at one of the KMIs is not enabled: to be disabled must not end
+        when the KMI at which it was disabled goes away.
+        """
         found = self._look_up(key_id)
         if found is None:
             # It may have been made a moment ago, by the command line.
@@ -145,14 +149,17 @@ class KeyStore:
         return found
 
     def _look_up(self, key_id: str) -> tuple[Kmi, CatalogEntry] | None:
-        first = None
+        first = present = None
         for kmi in self.kmis:
             entry = self._catalog.get(kmi.name, key_id)
-            if entry is not None:
-                if kmi.state is not _DISCONNECTED:
-                    return kmi, entry
-                first = first or (kmi, entry)
-        return first
+            if entry is None:
+                continue
+            if entry.state is not _ENABLED:
+                return kmi, entry
+            if kmi.state is not _DISCONNECTED:
+                present = present or (kmi, entry)
+            first = first or (kmi, entry)
+        return present or first
 
     def _refresh_catalog(self) -> None:
         try:

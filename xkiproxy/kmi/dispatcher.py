@@ -379,7 +379,7 @@ class QueuedKmi:
                     broken = await self._serve(index, lane)
                 finally:
                     self._remove(index, lane)
-                    await lane.close()
+                    await self._close(index, lane)
                 _log.warning("KMI %s: lane %d broke: %s", self.name, index, broken.message)
                 self._metrics.restarted(broken.reason)
                 if time.monotonic() - began > _STEADY_SECONDS:
@@ -388,6 +388,13 @@ class QueuedKmi:
             # Requests wait for the last lane: it is not made to wait long.
             await asyncio.sleep(min(pause, _FIRST_PAUSE_SECONDS) if alone else pause)
             pause = min(max(pause * 2, _FIRST_PAUSE_SECONDS), _LAST_PAUSE_SECONDS)
+
+    async def _close(self, index: int, lane: Lane) -> None:
+        """Whatever closing a lane raises, another must be started in its place."""
+        try:
+            await lane.close()
+        except Exception:
+            _log.exception("KMI %s: lane %d cannot be closed", self.name, index)
 
     async def _start(self, index: int) -> Lane:
         """One after the other: a wrong PIN must be tried once, not once for every lane."""

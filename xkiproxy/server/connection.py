@@ -226,6 +226,7 @@ class Connection(BaseProtocol):
 
     def pause_reading(self) -> None:
         """A body is over twice the limit: it will be refused when its turn comes."""
+        self._is_full = True
         self._pause_transport_reading()
 
     def resume_reading(self, resume_parser: bool = True) -> None:
@@ -282,6 +283,7 @@ class Connection(BaseProtocol):
 
     def _await_body(self, request: Request, head: RawRequestMessage) -> None:
         """A part of the body is still to come, if it may."""
+        self._resume_transport_reading()  # it may have been paused for the requests before this
         self.expires = self._loop.time() + self._shared.body_seconds
         if int(head.headers.get("Content-Length", 0)) > self._shared.max_body_bytes:
             request.trouble = Trouble.TOO_LARGE

@@ -41,6 +41,7 @@ _FIRST_PAUSE_SECONDS = 0.1
 _LAST_PAUSE_SECONDS = 5.0
 _STEADY_SECONDS = 10.0
 _KILL_SECONDS = 5.0
+_START_SECONDS = 120.0
 
 
 class WorkerError(Exception):
@@ -123,7 +124,12 @@ class Supervisor:
             worker.process = self._spawn(worker.index, theirs.fileno())
         ours.setblocking(False)
         worker.reader, worker.writer = await asyncio.open_connection(sock=ours, limit=_REPORT_LIMIT)
-        line = await worker.reader.readline()
+        try:
+            async with asyncio.timeout(_START_SECONDS):
+                line = await worker.reader.readline()
+        except TimeoutError:
+            worker.process.kill()
+            line = b""
         if not line:
             status = await _wait(worker.process, _KILL_SECONDS)
             raise WorkerError(f"{worker.name} did not start (status {status}): see its log above")
@@ -281,9 +287,12 @@ async def _say(worker: _Worker, command: bytes) -> Any:
             worker.writer.write(command + b"\n")
             async with asyncio.timeout(_ANSWER_SECONDS):
                 line = await worker.reader.readline()
-        except (OSError, TimeoutError):
+            return orjson.loads(line) if line else None
+        except (OSError, TimeoutError, ValueError):
+            # What comes after this could not be told from the answer to something else: without
+            # its channel the worker ends, and is replaced.
+            worker.writer.close()
             return None
-        return orjson.loads(line) if line else None
 
 
 def _with_one_state(snapshot: Snapshot) -> Snapshot:

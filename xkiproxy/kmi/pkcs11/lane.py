@@ -83,7 +83,8 @@ class Pkcs11Lane(asyncio.Protocol):
 
     async def _send(self, frame: bytes, count: int, settle: Settle | None) -> None:
         if self._broken.done():
-            raise self._broken.result()
+            broken = self._broken.result()
+            raise LaneError(broken.message, broken.reason, started=False)
         if self._process.popen.poll() is not None:
             # It ended a moment ago: what it has not got it cannot be the cause of.
             self._break("its process ended", BreakReason.EXIT)

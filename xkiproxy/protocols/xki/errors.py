@@ -31,21 +31,22 @@ _PARAMETERS = {
 }
 """The wire names of an operation's fields."""
 
-_TROUBLES = {
-    Trouble.NOT_HTTP: Refusal(400, "InvalidRequest", "This is not a valid HTTP request."),
-    Trouble.NOT_FOUND: Refusal(404, "XkiNotFound", "There is no such path or key store."),
-    Trouble.METHOD_NOT_ALLOWED: Refusal(405, "MethodNotAllowed", "Use POST."),
-    Trouble.TOO_LARGE: Refusal(413, "RequestTooLarge", "The request body is over the limit."),
-    Trouble.BODY_TIMEOUT: Refusal(400, "InvalidRequest", "The request body did not arrive."),
-    Trouble.REPLAYED: Refusal(401, "Unauthorized", "The request is not authenticated.", "replay"),
-    Trouble.OVERLOADED: Refusal(429, "TooManyRequests", "Too many requests are waiting."),
+_TROUBLES: dict[Trouble, tuple[int, str, str] | tuple[int, str, str, str]] = {
+    Trouble.NOT_HTTP: (400, "InvalidRequest", "This is not a valid HTTP request."),
+    Trouble.NOT_FOUND: (404, "XkiNotFound", "There is no such path or key store."),
+    Trouble.METHOD_NOT_ALLOWED: (405, "MethodNotAllowed", "Use POST."),
+    Trouble.TOO_LARGE: (413, "RequestTooLarge", "The request body is over the limit."),
+    Trouble.BODY_TIMEOUT: (400, "InvalidRequest", "The request body did not arrive."),
+    Trouble.REPLAYED: (401, "Unauthorized", "The request is not authenticated.", "replay"),
+    Trouble.OVERLOADED: (429, "TooManyRequests", "Too many requests are waiting."),
 }
+"""What a Refusal is made of. An exception that is raised again and again keeps all that it met."""
 
 
 def codes() -> dict[int, list[str]]:
     """Every status of an error, with the codes that come with it."""
     found: dict[int, set[str]] = {}
-    for status, code in (*_FAULTS.values(), *((r.status, r.code) for r in _TROUBLES.values())):
+    for status, code in (*_FAULTS.values(), *(trouble[:2] for trouble in _TROUBLES.values())):
         found.setdefault(status, set()).add(code)
     return {status: sorted(found[status]) for status in sorted(found)}
 
@@ -53,7 +54,7 @@ def codes() -> dict[int, list[str]]:
 def refusal(why: OperationError | Trouble) -> Refusal:
     """The refusal that says what happened."""
     if isinstance(why, Trouble):
-        return _TROUBLES[why]
+        return Refusal(*_TROUBLES[why])
     if why.fault is Fault.INVALID_PARAMETER:
         return invalid(_PARAMETERS[why.parameter], why.message)
     status, code = _FAULTS[why.fault]

@@ -23,19 +23,20 @@ _FAULTS = {
 
 _UNAUTHENTICATED = (401, "AuthenticationFailedException", "The request is not authenticated.")
 
-_TROUBLES = {
-    Trouble.NOT_HTTP: Refusal(400, "ValidationException", "This is not a valid HTTP request."),
-    Trouble.NOT_FOUND: Refusal(404, "InvalidUriPathException", "There is no such path."),
-    Trouble.METHOD_NOT_ALLOWED: Refusal(405, "InvalidUriPathException", "Use POST."),
-    Trouble.TOO_LARGE: Refusal(
-        501, "UnsupportedOperationException", "The request body is over the limit."
+_TROUBLES: dict[Trouble, tuple[int, str, str] | tuple[int, str, str, str]] = {
+    Trouble.NOT_HTTP: (400, "ValidationException", "This is not a valid HTTP request."),
+    Trouble.NOT_FOUND: (404, "InvalidUriPathException", "There is no such path."),
+    Trouble.METHOD_NOT_ALLOWED: (405, "InvalidUriPathException", "Use POST."),
+    Trouble.TOO_LARGE: (
+        501,
+        "UnsupportedOperationException",
+        "The request body is over the limit.",
     ),
-    Trouble.BODY_TIMEOUT: Refusal(400, "ValidationException", "The body did not arrive."),
-    Trouble.REPLAYED: Refusal(*_UNAUTHENTICATED, "replay"),
-    Trouble.OVERLOADED: Refusal(
-        429, "ThrottlingException", "Too many requests wait for an answer."
-    ),
+    Trouble.BODY_TIMEOUT: (400, "ValidationException", "The body did not arrive."),
+    Trouble.REPLAYED: (*_UNAUTHENTICATED, "replay"),
+    Trouble.OVERLOADED: (429, "ThrottlingException", "Too many requests are waiting."),
 }
+"""What a Refusal is made of. An exception that is raised again and again keeps all that it met."""
 
 _MAX_MESSAGE = 500
 
@@ -43,7 +44,7 @@ _MAX_MESSAGE = 500
 def codes() -> dict[int, list[str]]:
     """Every status of an error, with the codes that come with it."""
     found: dict[int, set[str]] = {}
-    for status, code in (*_FAULTS.values(), *((r.status, r.code) for r in _TROUBLES.values())):
+    for status, code in (*_FAULTS.values(), *(trouble[:2] for trouble in _TROUBLES.values())):
         found.setdefault(status, set()).add(code)
     return {status: sorted(found[status]) for status in sorted(found)}
 
@@ -51,7 +52,7 @@ def codes() -> dict[int, list[str]]:
 def refusal(why: OperationError | Trouble) -> Refusal:
     """The refusal that says what happened."""
     if isinstance(why, Trouble):
-        return _TROUBLES[why]
+        return Refusal(*_TROUBLES[why])
     status, name = _FAULTS[why.fault]
     return Refusal(status, name, why.message)
 
