@@ -401,7 +401,14 @@ class QueuedKmi:
         async with self._starting:
             if self._login_refused is not None:
                 raise self._login_refused
-            return await self._launcher.launch(index)
+            try:
+                return await self._launcher.launch(index)
+            except LaneError:
+                raise
+            except Exception as error:
+                # Whatever it was (no thread, no memory): it is tried again, as any failed start.
+                _log.exception("KMI %s: lane %d cannot be started", self.name, index)
+                raise LaneError(type(error).__name__, BreakReason.START) from None
 
     async def _serve(self, index: int, lane: Lane) -> LaneError:
         self._lanes[index] = lane

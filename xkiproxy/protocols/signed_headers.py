@@ -30,7 +30,7 @@ def fold_headers(headers: Sequence[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
 def _lower_case(names: tuple[bytes, ...]) -> tuple[bytes, ...]:
     """A client sends the same headers with every request; there are few kinds of clients.
 
-    The cache is small since anybody may fill it, with 64 names of 8 KB each.
+    The cache is small since anybody may fill it, with 32 names of 8 KB each.
     """
     return tuple(name.lower() for name in names)
 

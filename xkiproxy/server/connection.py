@@ -42,7 +42,7 @@ LINGER_SECONDS = 2.0
 
 _log = logging.getLogger(__name__)
 
-_MAX_PIPELINED = 16
+_MAX_PIPELINED = 4
 """With so many requests waiting on a connection no more of it is parsed, and nothing is read."""
 
 _TOGETHER = 32
@@ -59,7 +59,7 @@ _AT_ONCE = 128
 """So many requests (some 8 milliseconds) are worked on in one go."""
 
 _MAX_LINE_SIZE = 8190
-_MAX_HEADERS = 64
+_MAX_HEADERS = 32
 _NEVER = float("inf")
 
 
