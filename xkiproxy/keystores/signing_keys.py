@@ -11,21 +11,23 @@ from xkiproxy.keystores.credentials import Credential
 Mac = Callable[[bytes], bytes]
 """See `xkiproxy.protocols.base`."""
 
-_MAX_CACHED = 1024
+_MAX_SCOPES = 256
 _DIGEST_KEY = secrets.token_bytes(32)
 
 
 class CachedSigningKeys:
     """Derives signing keys and remembers them; all credentials of a key store work at once.
 
-    An unknown access key is served from a secret made at start that nobody knows, through the same
-    steps and the same cache: neither the time nor the state of the cache tells it from a known one.
+    An unknown access key is served from a secret made at start that nobody knows. For a scope that
+    is met for the first time the keys of all credentials, and nobody's, are derived together: what
+    was remembered for one access key and not for another would tell a client, by the time that it
+    takes, which of them is known.
     """
 
     def __init__(self, credentials: Iterable[Credential]) -> None:
         self._secrets = {c.access_key_id: c.access_key_secret for c in credentials}
         self._nobodys_secret = secrets.token_urlsafe(32)
-        self._cache: dict[tuple[str | None, str], Mac] = {}
+        self._scopes: dict[str, dict[str | None, Mac]] = {}
 
     @property
     def identities(self) -> dict[str, bytes]:
@@ -40,13 +42,19 @@ class CachedSigningKeys:
 
     def get(self, access_key_id: str, scope: str, derive: Callable[[str], Mac]) -> tuple[bool, Mac]:
         """See `xkiproxy.protocols.base.SigningKeys`."""
-        known = access_key_id in self._secrets
-        owner = access_key_id if known else None
-        key = self._cache.get((owner, scope))
-        if key is None:
-            key = derive(self._secrets[access_key_id] if known else self._nobodys_secret)
-            # A scope is whatever a client writes, so the cache must not grow with it.
-            if len(self._cache) >= _MAX_CACHED:
-                self._cache.clear()
-            self._cache[owner, scope] = key
-        return known, key
+        keys = self._scopes.get(scope)
+        if keys is None:
+            keys = self._derive_all(derive)
+            # A scope is whatever a client writes, so what is remembered must not grow with it.
+            if len(self._scopes) >= _MAX_SCOPES:
+                self._scopes.clear()
+            self._scopes[scope] = keys
+        key = keys.get(access_key_id)
+        return (False, keys[None]) if key is None else (True, key)
+
+    def _derive_all(self, derive: Callable[[str], Mac]) -> dict[str | None, Mac]:
+        """The signing key of each access key, and under None nobody's."""
+        keys: dict[str | None, Mac] = {None: derive(self._nobodys_secret)}
+        for access_key_id, secret in self._secrets.items():
+            keys[access_key_id] = derive(secret)
+        return keys
