@@ -21,11 +21,10 @@ from typing import Any
 import aiohttp
 import pytest
 from cloud import SHA256, SM3
-from hsm import PIN, Hsm, ready_lanes
+from hsm import PIN, Hsm, make_hsm, ready_lanes
 from test_end_to_end import BASE, Installation, code_within_a_second, wait_for
 from yarl import URL
 
-from xkiproxy.config.secrets import write_secret_file
 from xkiproxy.protocols.xki.acs4 import sign
 
 CLIENTS = 6
@@ -72,15 +71,7 @@ class HsmInstallation(Installation):
 
 @pytest.fixture
 def hsm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hsm:
-    directory = tmp_path / "hsm"
-    (directory / "tokens").mkdir(parents=True)
-    config = directory / "softhsm2.conf"
-    config.write_text(f"directories.tokendir = {directory}/tokens\nlog.level = ERROR\n")
-    monkeypatch.setenv("SOFTHSM2_CONF", str(config))
-    made = Hsm(directory)
-    write_secret_file(made.pin_file, PIN + "\n")
-    made.add_token("t1")
-    return made
+    return make_hsm(tmp_path / "hsm", monkeypatch)
 
 
 @pytest.fixture

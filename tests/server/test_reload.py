@@ -150,8 +150,12 @@ def test_a_mistake_changes_nothing_and_is_named(server: Workers) -> None:
         assert everywhere(server, server.cloud) == {200}
         assert everywhere(server, fresh) == {401}
         assert presented(server) == before
-    assert any(record.get("event") == "reload_ok" for record in server.records()) is False
+    assert not [record for record in server.records() if record.get("event") == "reload_ok"]
+    assert [record for record in server.records() if record.get("event") == "reload_failed"]
+    # Two are seen by the command already, which then asks the server for nothing.
+    assert server.sample("xkiproxy_reloads_total", outcome="failed") == len(broken) - 2
     reload(server)
+    assert server.sample("xkiproxy_reloads_total", outcome="ok") == 1
     assert everywhere(server, fresh) == {200}
 
 

@@ -43,10 +43,15 @@ class Workers(Installation):
         found: dict[str, Any] = json.loads(text)
         return found
 
-    def sample(self, name: str) -> float:
-        """The sum of a metric's samples."""
+    def sample(self, name: str, **labels: str) -> float:
+        """The sum of a metric's samples, of those with these labels."""
         text = self.admin("metrics")[1]
-        lines = [line for line in text.splitlines() if re.match(rf"{name}[{{ ]", line)]
+        wanted = [f'{label}="{value}"' for label, value in labels.items()]
+        lines = [
+            line
+            for line in text.splitlines()
+            if re.match(rf"{name}[{{ ]", line) and all(label in line for label in wanted)
+        ]
         return sum(float(line.rpartition(" ")[2]) for line in lines)
 
     def records(self) -> list[dict[str, Any]]:
@@ -98,7 +103,13 @@ def test_a_worker_that_dies_is_replaced_and_stays_counted(server: Workers) -> No
     before = server.pids()
     os.kill(before[1], signal.SIGKILL)
     wait_for(lambda: server.pids().get(1) not in {None, before[1]})
-    wait_for(lambda: server.admin("readyz")[0] == 200)
+
+    def is_ready() -> bool:
+        # Nobody may ask it before it serves: that would take its first words away.
+        assert server.admin("metrics")[0] == 200
+        return server.admin("readyz")[0] == 200
+
+    wait_for(is_ready)
     assert server.pids()[2] == before[2]
     assert server.sample("xkiproxy_requests_total") == 20
     assert server.sample("xkiproxy_worker_restarts_total") == 1

@@ -85,13 +85,15 @@ class PublicSide:
     async def reload(self) -> None:
         """Take over the configuration as it is now, whole or not at all; tells what came of it."""
         async with self._reloading:
+            outcome = "failed"
             try:
-                change = await self.prepare()
-                await self.apply(change)
+                await self.apply(await self.prepare())
+                outcome = "ok"
             except ConfigError as error:
                 self.note(texts(error), [])
             except OSError as error:
                 self.note([f"server.listen: {error.strerror}"], [])
+            self._runtime.metrics.reloads.labels(outcome).inc()
 
     async def prepare(self) -> Change:
         """Open and check what has changed; raises ConfigError."""
@@ -113,10 +115,9 @@ class PublicSide:
         self.note([], change.described)
 
     def note(self, problems: Sequence[str], changes: Sequence[str]) -> None:
-        """What came of a reload goes to the log, to the audit log, to metrics and to /status."""
+        """What came of a reload goes to the log, to the audit log and to /status."""
         self._runtime.history.add(problems, changes)
         outcome = "failed" if problems else "ok"
-        self._runtime.metrics.reloads.labels(outcome).inc()
         event = {"time": datetime.now(UTC), "event": f"reload_{outcome}"}
         details = {"problems": problems} if problems else {"changes": changes}
         with suppress(AuditError):  # housekeeping meets the same error and stops serving

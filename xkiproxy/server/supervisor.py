@@ -120,20 +120,24 @@ class Supervisor:
     async def _start(self, worker: _Worker) -> None:
         """Start a process and wait until it serves; raises WorkerError or OSError."""
         ours, theirs = socket.socketpair()
-        with theirs:
-            worker.process = self._spawn(worker.index, theirs.fileno())
         ours.setblocking(False)
-        worker.reader, worker.writer = await asyncio.open_connection(sock=ours, limit=_REPORT_LIMIT)
+        reader, writer = await asyncio.open_connection(sock=ours, limit=_REPORT_LIMIT)
         try:
+            with theirs:
+                worker.process = self._spawn(worker.index, theirs.fileno())
             async with asyncio.timeout(_START_SECONDS):
-                line = await worker.reader.readline()
-        except TimeoutError:
-            worker.process.kill()
-            line = b""
-        if not line:
-            status = await _wait(worker.process, _KILL_SECONDS)
-            raise WorkerError(f"{worker.name} did not start (status {status}): see its log above")
-        worker.report = orjson.loads(line)
+                worker.report = orjson.loads(await reader.readline())
+        except (TimeoutError, ValueError, ConnectionError):
+            # No line, or one that was cut off: what is wrong it has said in its log.
+            status = await _stop(worker.process)
+            raise WorkerError(
+                f"{worker.name} did not start (status {status}): see its log above"
+            ) from None
+        finally:
+            if worker.report is None:
+                writer.close()
+        # Only now may others ask it: before, they would take its first report for their answer.
+        worker.reader, worker.writer = reader, writer
 
     def _spawn(self, index: int, channel: int) -> subprocess.Popen[bytes]:
         descriptors = (channel, self._table)
@@ -202,6 +206,7 @@ class Supervisor:
                 reports = list(self._reports())
                 changes = reports[0]["status"]["reload"]["changes"] if reports else []
             self._history.add(problems, changes)
+            self._metrics.reloads.labels("failed" if problems else "ok").inc()
 
     async def _tell_all(self, command: bytes) -> list[str]:
         """The problems that workers have with a command, each once."""
@@ -305,6 +310,17 @@ def _with_one_state(snapshot: Snapshot) -> Snapshot:
                 states[labels] = [0.0]
             states[kmi, "degraded"] = [1.0]
     return {**snapshot, "xkiproxy_kmi_state": states}
+
+
+async def _stop(process: subprocess.Popen[bytes] | None) -> int | None:
+    """The status of a process that is of no use; it may end by itself first."""
+    if process is None:
+        return None
+    status = await _wait(process, _KILL_SECONDS)
+    if status is None:
+        process.kill()
+        status = await _wait(process, _KILL_SECONDS)
+    return status
 
 
 async def _wait(process: subprocess.Popen[bytes], seconds: float) -> int | None:

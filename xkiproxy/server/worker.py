@@ -105,10 +105,13 @@ class _Obedience:
         return _report(self._runtime)
 
     async def _prepare(self) -> list[str]:
+        self._change = None
         try:
             self._change = await self._public.prepare()
         except ConfigError as error:
-            return texts(error)
+            problems = texts(error)
+            self._public.note(problems, [])
+            return problems
         return []
 
     async def _apply(self) -> list[str]:
