@@ -19,6 +19,7 @@ from Cryptodome.Cipher import AES
 from Cryptodome.Util.Padding import pad
 
 from xkiproxy.config.models import Pkcs11Settings
+from xkiproxy.config.secrets import write_secret_file
 from xkiproxy.crypto.algorithms import GCM_MODES, IV_SIZES, Algorithm, Padding
 from xkiproxy.crypto.envelope import authenticated_data
 from xkiproxy.crypto.operations import (
@@ -106,6 +107,18 @@ class Hsm:
             "pkcs11-tool", "--module", str(self.module), "--token-label", self.token,
             "--login", "--pin", self.pin, *arguments,
         )  # fmt: skip
+
+
+def make_hsm(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Hsm:
+    """A SoftHSM token, `t1`, in a folder of its own."""
+    (directory / "tokens").mkdir(parents=True)
+    config = directory / "softhsm2.conf"
+    config.write_text(f"directories.tokendir = {directory}/tokens\nlog.level = ERROR\n")
+    monkeypatch.setenv("SOFTHSM2_CONF", str(config))
+    made = Hsm(directory)
+    write_secret_file(made.pin_file, PIN + "\n")
+    made.add_token("t1")
+    return made
 
 
 def run(*arguments: str) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from hsm import PIN, Hsm
+from hsm import make_hsm
 from test_end_to_end import Installation
 
 from xkiproxy.config.secrets import write_secret_file
@@ -64,13 +64,7 @@ def server(
 ) -> Iterator[TwoClouds]:
     init: tuple[str, ...] = ()
     if request.param == "pkcs11":
-        hsm = Hsm(tmp_path / "hsm")
-        (hsm.directory / "tokens").mkdir(parents=True)
-        config = hsm.directory / "softhsm2.conf"
-        config.write_text(f"directories.tokendir = {hsm.directory}/tokens\nlog.level = ERROR\n")
-        monkeypatch.setenv("SOFTHSM2_CONF", str(config))
-        write_secret_file(hsm.pin_file, PIN + "\n")
-        hsm.add_token("t1")
+        hsm = make_hsm(tmp_path / "hsm", monkeypatch)
         init = (
             "--kmi", "pkcs11", "--module", str(hsm.module), "--token", "t1",
             "--pin-file", str(hsm.pin_file),

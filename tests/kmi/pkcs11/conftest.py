@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
-from hsm import PIN, SOFTHSM, Hsm, run
+from hsm import PIN, SOFTHSM, Hsm, make_hsm, run
 
 from xkiproxy.config.models import Pkcs11Settings
 from xkiproxy.config.secrets import write_secret_file
@@ -35,15 +35,7 @@ def shim_module(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def hsm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hsm:
     """A SoftHSM token, `t1`, in a folder of its own."""
-    directory = tmp_path / "hsm"
-    (directory / "tokens").mkdir(parents=True)
-    config = directory / "softhsm2.conf"
-    config.write_text(f"directories.tokendir = {directory}/tokens\nlog.level = ERROR\n")
-    monkeypatch.setenv("SOFTHSM2_CONF", str(config))
-    made = Hsm(directory)
-    write_secret_file(made.pin_file, PIN + "\n")
-    made.add_token("t1")
-    return made
+    return make_hsm(tmp_path / "hsm", monkeypatch)
 
 
 @pytest.fixture
