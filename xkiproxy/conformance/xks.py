@@ -87,6 +87,7 @@ class XksWire(Wire):
                 call, call.capitalize()
             ),
             "kmsRequestId": str(uuid.uuid4()),
+            "awsSourceVpce": "vpce-12345678",
             "kmsViaService": "ebs",
         }
 

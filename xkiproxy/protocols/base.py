@@ -97,6 +97,7 @@ class Caller:
     source_vpc: str = ""
     source_ip: str = ""
     via_service: str = ""
+    source_vpc_endpoint: str = ""
 
 
 Mac = Callable[[bytes], bytes]

@@ -282,6 +282,8 @@ def _encode_record(exchange: Exchange) -> bytes:
         "code": exchange.code,
         "duration_us": int((time.monotonic() - exchange.began) * 1e6),
     }
+    if caller.source_vpc_endpoint:
+        record["source_vpc_endpoint"] = caller.source_vpc_endpoint
     if exchange.reason:
         record["reason"] = exchange.reason
     return encode(record)

@@ -51,6 +51,7 @@ _CALLER = {
     "kmsKeyArn": "key_arn",
     "awsPrincipalArn": "principal",
     "awsSourceVpc": "source_vpc",
+    "awsSourceVpce": "source_vpc_endpoint",
     "kmsViaService": "via_service",
 }
 _CALLER_REQUIRED = {
