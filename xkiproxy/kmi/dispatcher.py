@@ -313,7 +313,7 @@ class QueuedKmi:
             if self._queue[0].attempts and batch:
                 break
             item = self._queue.popleft()
-            if item.future.done():  # its deadline passed, or its client went away
+            if item.future.done():  # its deadline passed
                 continue
             batch.append(item)
             if item.attempts:

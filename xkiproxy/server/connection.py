@@ -2,9 +2,9 @@
 
 The parser is aiohttp's (llhttp). Its request and response objects, its task for each connection and
 its timers for each request are not used: they cost more than all of the proxy's own work. A request
-that needs no waiting is answered within the call that received its last byte; one that waits for a
-KMI is resumed by the future that it waits for. Time limits are looked at by the listener, a few
-times a second for all connections, so that a request sets no timer.
+that needs no waiting is answered in the round of the event loop that brought its last byte; one
+that waits for a KMI is resumed by the future that it waits for. Time limits are looked at by the
+listener, a few times a second for all connections, so that a request sets no timer.
 
 A connection is in one of these states, each with its time limit:
 
@@ -316,7 +316,7 @@ class Connection(BaseProtocol):
             self._shared.gateway.in_flight -= 1
             self._request = None
             self._shared.depart(self, done.value)
-        except Exception:
+        except (Exception, asyncio.CancelledError):
             _log.exception("a request failed outside of the gateway")
             self._shared.gateway.in_flight -= 1
             self.abort()
