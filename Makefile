@@ -24,10 +24,10 @@ lint: $(BIN)/.installed-test
 	$(BIN)/mypy
 
 bench: system-packages $(BIN)/.installed-bench
-	$(BIN)/python -m benchmarks run --output run/bench/results.json --plots run/bench
+	$(BIN)/xkiproxy-bench run --output run/bench/results.json --plots run/bench
 
 bench-quick: system-packages $(BIN)/.installed-bench
-	$(BIN)/python -m benchmarks run --quick --output run/bench/quick.json
+	$(BIN)/xkiproxy-bench run --quick --output run/bench/quick.json
 
 gate: system-packages $(BIN)/.installed-test
 	$(BIN)/python -m benchmarks.instructions

@@ -1,4 +1,4 @@
-"""The command line of the benchmarks: `python -m benchmarks --help`."""
+"""The command line of the benchmarks: `xkiproxy-bench --help`, or `python -m benchmarks`."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def load(
 
     Exits with 1 if any answer was wrong or missing.
 
-    Example: python -m benchmarks load --url https://127.0.0.1:8443 --credentials
+    Example: xkiproxy-bench load --url https://127.0.0.1:8443 --credentials
     run/demo/credentials/demo.toml --ca run/demo/tls/server.crt --connections 64 --seconds 5
     """
     target = _target(url, ca)
@@ -105,7 +105,7 @@ def demo(
 ) -> None:
     """Start the bare server and a proxy, put a closed loop on each, and compare.
 
-    Example: python -m benchmarks demo --kmi pkcs11 --no-tls
+    Example: xkiproxy-bench demo --kmi pkcs11 --no-tls
     """
     results: dict[str, LoadResult] = {}
     servers: tuple[ChildServer, ...] = (
@@ -140,7 +140,7 @@ def run(
 
     Exits with 1 if an answer was wrong or missing; a target that is missed is a measurement.
 
-    Example: python -m benchmarks run --output run/bench/results.json --plots run/bench
+    Example: xkiproxy-bench run --output run/bench/results.json --plots run/bench
     """
     chosen = names or [name for name in SCENARIOS if not (quick and name == "curves")]
     for name in chosen:
@@ -167,7 +167,7 @@ def compare(
 ) -> None:
     """Set two results side by side.
 
-    Example: python -m benchmarks compare before.json after.json
+    Example: xkiproxy-bench compare before.json after.json
     """
     typer.echo(suite.compare(json.loads(one.read_text()), json.loads(other.read_text())))
 

@@ -215,15 +215,18 @@ def _remarks(budget: Budget, over: bool, under: bool) -> list[str]:
         remarks += [
             f"this Python has no budget of its own: {this_build()}",
             f"taken instead: {budget.build}",
-            f"the tolerance is therefore {budget.tolerance:.0%} instead of {TOLERANCE:.0%}",
         ]
+    remarks += [
+        f"recorded with {name} {budget.libraries.get(name)}, this is {found}"
+        for name, found in _libraries().items()
+        if found != budget.libraries.get(name)
+    ]
+    if budget.tolerance != TOLERANCE:
+        remarks.append(
+            f"the tolerance is therefore {budget.tolerance:.0%} instead of {TOLERANCE:.0%}"
+        )
     if over:
         remarks.append(f"over the budget by more than {budget.tolerance:.0%}")
-        remarks += [
-            f"recorded with {name} {budget.libraries.get(name)}, this is {found}"
-            for name, found in _libraries().items()
-            if found != budget.libraries.get(name)
-        ]
     elif under and budget.build == this_build():
         remarks.append("some parts have become cheaper: keep it, with --record")
     return remarks

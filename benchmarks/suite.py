@@ -26,6 +26,7 @@ async def run_suite(names: Sequence[str], pace: Pace) -> dict[str, Any]:
             "figures": [figure.to_json() for figure in outcome.figures],
             "curves": outcome.curves,
             "failures": outcome.failures,
+            "loads": outcome.loads,
             "seconds": round(time.monotonic() - began, 1),
         }
     return {

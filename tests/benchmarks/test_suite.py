@@ -61,7 +61,12 @@ def test_two_results_side_by_side() -> None:
 def test_what_a_flood_leaves_over_is_no_failure_and_all_else_is() -> None:
     outcome = Outcome()
     outcome.count(LoadResult(errors={"never sent": 5, "no answer": 2}), flood=True)
+    outcome.count(LoadResult(errors={"429 TooManyRequests": 5, "503 X": 1}), flood=True)
     assert outcome.failures == {}
+    outcome.count(LoadResult(errors={"504 Timeout": 1}), flood=True)
+    assert outcome.failures == {"504 Timeout": 1}
+    assert [load["errors"] for load in outcome.loads][-1] == {"504 Timeout": 1}
+    outcome.failures.clear()
     outcome.count(LoadResult(errors={"never sent": 5, "500 X": 1}, wrong=2))
     assert outcome.failures == {"never sent": 5, "500 X": 1, "wrong plaintext": 2}
 
