@@ -25,10 +25,11 @@ from xkiproxy.crypto.algorithms import KeySpec, Usage
 from xkiproxy.crypto.operations import Encrypt, Encrypted, KeyState
 from xkiproxy.keystores.catalog import CatalogEntry
 from xkiproxy.keystores.credentials import Credential
-from xkiproxy.keystores.keystore import KeyStore, Trail
+from xkiproxy.keystores.keystore import KeyStore
 from xkiproxy.keystores.replay import ReplayWindow
 from xkiproxy.keystores.signing_keys import CachedSigningKeys
 from xkiproxy.keystores.sqlite_catalog import SqliteCatalog
+from xkiproxy.keystores.trail import Trail
 from xkiproxy.kmi.dispatcher import InlineKmi, KmiMetrics
 from xkiproxy.kmi.software import Keyring, SoftwareLane, create_keyring, new_master_key
 from xkiproxy.observability.audit import AuditLog

@@ -14,9 +14,9 @@ import os
 import sqlite3
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
 
@@ -35,6 +35,8 @@ class FileKind:
     error: type[Exception]
     if_missing: str
     """What to do when there is no such file."""
+    upgrades: Mapping[int, str] = field(default_factory=dict)
+    """How a file of an older format becomes one of the next: SQL, by the older number."""
 
 
 _ADVICE = {
@@ -74,6 +76,7 @@ class Database:
             try:
                 _check(self._connection, path, kind)
                 _configure(self._connection)
+                _upgrade(self._connection, kind)
             except BaseException:
                 self._connection.close()
                 raise
@@ -195,18 +198,39 @@ def _check(connection: sqlite3.Connection, path: Path, kind: FileKind) -> None:
     (application_id,) = connection.execute("PRAGMA application_id").fetchone()
     if application_id != kind.application_id:
         raise kind.error(f"{kind.name} {path}: is not a {kind.name}")
-    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    version = _format(connection)
     if version > kind.format:
         raise kind.error(
             f"{kind.name} {path}: has format {version}, and this xkiproxy knows {kind.format};"
             " use the newer xkiproxy that made it"
         )
-    if version != kind.format:
+    if version != kind.format and version not in kind.upgrades:
         raise kind.error(f"{kind.name} {path}: has an unknown format ({version})")
     (found,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
     if found != "ok":
         advice = _ADVICE[sqlite3.SQLITE_CORRUPT]
         raise kind.error(f"{kind.name} {path}: {advice} (SQLite: {found})")
+
+
+def _upgrade(connection: sqlite3.Connection, kind: FileKind) -> None:
+    """Bring a file of an older format to this one, whole or not at all."""
+    if _format(connection) == kind.format:
+        return
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        # Asked again under the lock: another process may have done it meanwhile.
+        while (version := _format(connection)) != kind.format:
+            connection.execute(kind.upgrades[version])
+            connection.execute(f"PRAGMA user_version = {version + 1}")
+        connection.execute("COMMIT")
+    except BaseException:
+        connection.execute("ROLLBACK")
+        raise
+
+
+def _format(connection: sqlite3.Connection) -> int:
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    return int(version)
 
 
 def _configure(connection: sqlite3.Connection) -> None:

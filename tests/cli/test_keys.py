@@ -135,6 +135,25 @@ def test_disable_and_enable(keys: Keys) -> None:
         assert keys("show", "k", "--json").value["state"] == state
 
 
+def test_labels(keys: Keys) -> None:
+    made = keys("create", "labelled", "--label", "environment=test", "--label", "a=b=c", "--json")
+    assert made.value["labels"] == {"environment": "test", "a": "b=c"}
+    changed = keys("label", "labelled", "environment=production", "--remove", "a", "--json")
+    assert changed.value["labels"] == {"environment": "production"}
+    assert keys("disable", "labelled", "--json").value["labels"] == changed.value["labels"]
+    assert "environment=production" in keys("show", "labelled").out
+    assert "has no label nothing" in keys("label", "labelled", "--remove", "nothing").err
+
+
+@pytest.mark.parametrize(
+    "text", ["", "a", "=b", "-a=b", "a=\u00e9", "a" * 64 + "=b", "a=" + "b" * 257]
+)
+def test_labels_that_are_refused(keys: Keys, text: str) -> None:
+    refused = keys("label", "k", text)
+    assert refused.status == 2
+    assert "NAME=VALUE" in refused.err
+
+
 def test_rotate(keys: Keys) -> None:
     keys("create", "k")
     assert keys("rotate", "k", "--json").value["version"] == 2
@@ -261,7 +280,7 @@ def test_failures_name_the_file_and_no_secret(keys: Keys, folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["create", "list", "show", "enable", "disable", "rotate", "delete"]
+    "command", ["create", "list", "show", "enable", "disable", "label", "rotate", "delete"]
 )
 def test_help_has_an_example(command: str, keys: Keys) -> None:
     assert f"xkiproxy keys {command}" in keys(command, "--help").out

@@ -241,9 +241,50 @@ def test_what_is_no_catalog(path: Path) -> None:
 def test_a_newer_format(path: Path) -> None:
     SqliteCatalog(path).close()
     with closing(sqlite3.connect(path)) as connection:
-        connection.execute("PRAGMA user_version = 2")
+        connection.execute("PRAGMA user_version = 3")
     with pytest.raises(CatalogError, match="newer xkiproxy"):
         SqliteCatalog(path)
+
+
+OLD_TABLE = """
+    CREATE TABLE entries (
+        kmi TEXT NOT NULL, key_id TEXT NOT NULL, state TEXT NOT NULL, usage INTEGER NOT NULL,
+        created REAL NOT NULL, deletion_time REAL, PRIMARY KEY (kmi, key_id)
+    );
+    INSERT INTO entries VALUES ('local', 'old', 'ENABLED', 3, 1.0, NULL);
+    PRAGMA application_id = 0x584B4354;
+    PRAGMA user_version = 1;
+"""
+
+
+def test_a_catalog_without_labels_is_taken_over(path: Path) -> None:
+    with closing(sqlite3.connect(path)) as connection:
+        connection.executescript(OLD_TABLE)
+    path.chmod(0o600)
+    for _ in range(2):
+        catalog = SqliteCatalog(path)
+        assert catalog.entries() == [
+            CatalogEntry("local", "old", KeyState.ENABLED, Usage.BOTH, 1.0, None, ())
+        ]
+        catalog.put(ENTRY)
+        catalog.remove(ENTRY.kmi, ENTRY.key_id)
+        catalog.close()
+
+
+def test_labels_are_kept(catalog: SqliteCatalog, path: Path) -> None:
+    labelled = replace(ENTRY, labels=(("environment", "production"), ("team", "pay roll")))
+    catalog.put(labelled)
+    assert SqliteCatalog(path).get("local", "k") == labelled
+
+
+@pytest.mark.parametrize("labels", ["{", "[]", "3"])
+def test_damaged_labels(catalog: SqliteCatalog, path: Path, labels: str) -> None:
+    catalog.put(ENTRY)
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("UPDATE entries SET labels = ?", (labels,))
+        connection.commit()
+    with pytest.raises(CatalogError, match="damaged"):
+        catalog.refresh()
 
 
 def test_an_open_mode_is_refused(path: Path) -> None:

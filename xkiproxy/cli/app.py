@@ -18,6 +18,7 @@ from xkiproxy.cli import (
     init,
     keys,
     kms_config,
+    policy,
     reload,
     serve,
 )
@@ -26,6 +27,7 @@ from xkiproxy.config import ConfigError
 from xkiproxy.config.secrets import SecretError
 from xkiproxy.keystores.catalog import CatalogError
 from xkiproxy.keystores.credentials import CredentialError
+from xkiproxy.keystores.policies import PolicyError
 from xkiproxy.kmi.base import KeyManagerError
 
 app = typer.Typer(
@@ -41,6 +43,7 @@ app.command("check")(check.check)
 app.command("reload")(reload.reload)
 app.add_typer(keys.app, name="keys")
 app.add_typer(credentials.app, name="credentials")
+app.add_typer(policy.app, name="policy")
 app.command("fingerprint")(fingerprint.fingerprint)
 app.command("kms-config")(kms_config.kms_config)
 app.add_typer(audit.app, name="audit")
@@ -73,6 +76,7 @@ def main() -> None:
         ConfigError,
         CredentialError,
         KeyManagerError,
+        PolicyError,
         SecretError,
     ) as error:
         err.print(f"xkiproxy: {error}", markup=False, style="red")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -64,20 +65,31 @@ class _Place:
     kmi: str
 
 
+LabelOption = Annotated[
+    list[str] | None,
+    typer.Option("--label", metavar="NAME=VALUE", help="For policies; may be repeated."),
+]
+
+_LABEL = re.compile(r"([A-Za-z0-9][A-Za-z0-9_.-]{0,62})=([ -~]{0,256})")
+
+
 @app.command(epilog="Example: xkiproxy keys create payroll --spec AES_256 --usage both")
 def create(
     key: KeyArgument,
     spec: Annotated[KeySpec, typer.Option(help="Type and size of the key.")] = KeySpec.AES_256,
     usage: Annotated[UsageName, typer.Option(help="What it may be used for.")] = UsageName.BOTH,
+    label: LabelOption = None,
     kmi: KmiOption = None,
     config: ConfigOption = DEFAULT_CONFIG,
     json: JsonOption = False,
 ) -> None:
     """Make a key at the KMI and enable it."""
+    labels = _labels(label)
     with _open(load_config(config), kmi) as at:
-        _print(
-            lifecycle.create_key(at.catalog, at.manager, at.kmi, key, spec, _USAGES[usage]), json
+        made = lifecycle.create_key(
+            at.catalog, at.manager, at.kmi, key, spec, _USAGES[usage], labels
         )
+        _print(made, json)
 
 
 @app.command("list", epilog="Example: xkiproxy keys list --json")
@@ -136,6 +148,27 @@ def disable(
         _print(lifecycle.disable_key(at.catalog, at.manager, at.kmi, key), json)
 
 
+@app.command("label", epilog="Example: xkiproxy keys label payroll environment=production")
+def label_command(
+    key: KeyArgument,
+    labels: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME=VALUE]...", help="Labels to set.")
+    ] = None,
+    remove: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="A label to take away.")
+    ] = None,
+    kmi: KmiOption = None,
+    config: ConfigOption = DEFAULT_CONFIG,
+    json: JsonOption = False,
+) -> None:
+    """Set or remove labels, which the policies of a key store can ask for."""
+    wanted = _labels(labels)
+    if not wanted and not remove:
+        raise typer.BadParameter("give labels to set, or --remove NAME")
+    with _open(load_config(config), kmi) as at:
+        _print(lifecycle.label_key(at.catalog, at.manager, at.kmi, key, wanted, remove or ()), json)
+
+
 @app.command(epilog="Example: xkiproxy keys rotate payroll")
 def rotate(
     key: KeyArgument,
@@ -180,6 +213,21 @@ def delete(
         _print(result, json)
 
 
+def _labels(texts: list[str] | None) -> dict[str, str]:
+    """The labels of the command line; raises BadParameter."""
+    found = {}
+    for text in texts or ():
+        match = _LABEL.fullmatch(text)
+        if match is None:
+            raise typer.BadParameter(
+                f"{text!r}: write NAME=VALUE; a name has up to 63 letters, digits, '.', '_' and"
+                " '-', a value up to 256 printable ASCII characters",
+                param_hint="label",
+            )
+        found[match[1]] = match[2]
+    return found
+
+
 @contextmanager
 def _open(config: Config, kmi: str | None) -> Iterator[_Place]:
     settings = _find(config, kmi)
@@ -221,6 +269,8 @@ def _print(key: ManagedKey, json: bool) -> None:
     if json:
         print_json(fields)
     else:
+        if key.labels:
+            fields["labels"] = ", ".join(f"{name}={value}" for name, value in key.labels)
         print_fields({name: value for name, value in fields.items() if value is not None})
 
 
@@ -234,6 +284,8 @@ def _fields(key: ManagedKey) -> dict[str, Any]:
         "created": _rfc3339(key.created),
         "usage": _USAGE_NAMES.get(key.usage, "none"),
     }
+    if key.labels:
+        fields["labels"] = dict(key.labels)
     if key.deletion_time is not None:
         fields["deletion_time"] = _rfc3339(key.deletion_time)
     if key.problem:

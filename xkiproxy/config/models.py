@@ -199,6 +199,7 @@ class KeystoreSettings(Section):
     ciphertext_format: CiphertextFormat = CiphertextFormat.ENVELOPE
     deadline_ms: Annotated[int, Field(ge=1, le=60_000)] = 250
     disable_output_form_plain: bool = False
+    policies: ConfigPath | None = None
 
 
 class CatalogSettings(Section):

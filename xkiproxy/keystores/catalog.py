@@ -17,6 +17,7 @@ class CatalogEntry:
     """What the catalog holds of one key; times are seconds since the epoch.
 
     `deletion_time` is set while the state is PENDING_DELETION: from then on the key is destroyed.
+    `labels` are names and values that policies can ask for, by name.
     """
 
     kmi: str
@@ -25,6 +26,7 @@ class CatalogEntry:
     usage: Usage
     created: float
     deletion_time: float | None = None
+    labels: tuple[tuple[str, str], ...] = ()
 
 
 class CatalogError(Exception):

@@ -31,9 +31,11 @@ from xkiproxy.crypto.operations import (
     Result,
 )
 from xkiproxy.crypto.wrapping import wrap
+from xkiproxy.keystores.authorization import Authorizer
 from xkiproxy.keystores.catalog import Catalog, CatalogEntry, CatalogError
 from xkiproxy.keystores.replay import Replay
 from xkiproxy.keystores.signing_keys import CachedSigningKeys
+from xkiproxy.keystores.trail import Trail
 from xkiproxy.kmi.base import KmiState
 from xkiproxy.kmi.dispatcher import Kmi
 
@@ -58,17 +60,6 @@ _STATE_FAULTS = {
 }
 
 
-class Trail:
-    """What an operation went through, for the audit record."""
-
-    __slots__ = ("key_id", "kmi", "version")
-
-    def __init__(self) -> None:
-        self.key_id = ""
-        self.kmi = ""
-        self.version = 0
-
-
 class KeyStore:
     """One tenant of the proxy."""
 
@@ -81,13 +72,15 @@ class KeyStore:
         replay: Replay,
         *,
         deadline: float,
+        authorizer: Authorizer | None = None,
     ) -> None:
-        """`deadline` is in seconds from a request's arrival."""
+        """`deadline` is in seconds from a request's arrival; without `authorizer` all may ask."""
         self.name = name
         self.kmis = kmis
         self.signing_keys = signing_keys
         self.replay = replay
         self.deadline = deadline
+        self.authorizer = authorizer
         self._catalog = catalog
         self._wrapping = 0
 
@@ -98,12 +91,16 @@ class KeyStore:
         """
         if isinstance(operation, Random):
             trail.kmi = self.kmis[0].name
+            if self.authorizer is not None:
+                self.authorizer.check(operation, None, self._catalog.revision, trail)
             drawn = await self.kmis[0].submit(operation, deadline)
             assert isinstance(drawn, RandomBytes)  # noqa: S101 - the KMI's contract
             return await self._give_out(operation, drawn)
         trail.key_id = operation.key_id
         kmi, entry = self._find(operation.key_id)
         trail.kmi = kmi.name
+        if self.authorizer is not None:
+            self.authorizer.check(operation, entry, self._catalog.revision, trail)
         if isinstance(operation, Describe):
             return _described(await kmi.submit(operation, deadline), entry)
         _check_state(entry)

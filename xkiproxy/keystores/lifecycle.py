@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from xkiproxy.crypto.algorithms import KeySpec, Usage
@@ -44,10 +44,17 @@ class ManagedKey:
     usage: Usage
     deletion_time: float | None = None
     problem: str = ""
+    labels: tuple[tuple[str, str], ...] = ()
 
 
 def create_key(
-    catalog: Catalog, manager: KeyManager, kmi: str, key_id: str, spec: KeySpec, usage: Usage
+    catalog: Catalog,
+    manager: KeyManager,
+    kmi: str,
+    key_id: str,
+    spec: KeySpec,
+    usage: Usage,
+    labels: Mapping[str, str] | None = None,
 ) -> ManagedKey:
     """Make a key and enable it; raises KeyManagerError or CatalogError."""
     check_key_id(key_id)
@@ -65,7 +72,8 @@ def create_key(
                 f"key {key_id}: the catalog knows it, but KMI {kmi} has lost it; restore the KMI"
             )
         info = manager.create(key_id, spec)
-        catalog.put(_new_entry(kmi, info, usage))
+        entry = _new_entry(kmi, info, usage)
+        catalog.put(replace(entry, labels=_sorted(labels or {})))
     return show_key(catalog, manager, kmi, key_id)
 
 
@@ -118,6 +126,29 @@ def disable_key(catalog: Catalog, manager: KeyManager, kmi: str, key_id: str) ->
         _refuse_pending(entry)
         catalog.put(replace(entry, state=KeyState.DISABLED))
     return show_key(catalog, manager, kmi, key_id)
+
+
+def label_key(
+    catalog: Catalog,
+    manager: KeyManager,
+    kmi: str,
+    key_id: str,
+    labels: Mapping[str, str],
+    without: Iterable[str] = (),
+) -> ManagedKey:
+    """Set labels of a key, and take others away; raises KeyManagerError, CatalogError."""
+    with catalog.locked():
+        entry = _entry(catalog, manager, kmi, key_id)
+        wanted = {**dict(entry.labels), **labels}
+        for name in without:
+            if wanted.pop(name, None) is None:
+                raise KeyManagerError(f"key {key_id} has no label {name}")
+        catalog.put(replace(entry, labels=_sorted(wanted)))
+    return show_key(catalog, manager, kmi, key_id)
+
+
+def _sorted(labels: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    return tuple(sorted(labels.items()))
 
 
 def rotate_key(catalog: Catalog, manager: KeyManager, kmi: str, key_id: str) -> ManagedKey:
@@ -228,6 +259,7 @@ def _managed(kmi: str, info: KeyInfo | None, entry: CatalogEntry | None) -> Mana
             entry.usage,
             entry.deletion_time,
             f"KMI {kmi} has no such key",
+            entry.labels,
         )
     return ManagedKey(
         info.key_id,
@@ -239,6 +271,7 @@ def _managed(kmi: str, info: KeyInfo | None, entry: CatalogEntry | None) -> Mana
         entry.usage & info.usage if entry else info.usage,
         entry.deletion_time if entry else None,
         info.problem,
+        entry.labels if entry else (),
     )
 
 

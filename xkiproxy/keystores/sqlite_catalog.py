@@ -7,6 +7,7 @@ used, so an empty catalog refuses everything.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,7 +20,7 @@ from xkiproxy.storage import Database, FileKind, new_database
 _KIND = FileKind(
     name="catalog",
     application_id=0x584B_4354,  # "XKCT"
-    format=1,
+    format=2,
     schema="""
         CREATE TABLE entries (
             kmi TEXT NOT NULL,
@@ -28,16 +29,27 @@ _KIND = FileKind(
             usage INTEGER NOT NULL CHECK (typeof(usage) = 'integer' AND usage BETWEEN 1 AND 3),
             created REAL NOT NULL CHECK (typeof(created) = 'real'),
             deletion_time REAL CHECK (typeof(deletion_time) IN ('null', 'real')),
+            labels TEXT NOT NULL DEFAULT '{}',
             PRIMARY KEY (kmi, key_id),
             CHECK (state = 'PENDING_DELETION' OR deletion_time IS NULL)
         );
     """,
     error=CatalogError,
     if_missing="restore it from a backup, or start again without: all keys are then unregistered",
+    upgrades={1: "ALTER TABLE entries ADD COLUMN labels TEXT NOT NULL DEFAULT '{}'"},
 )
 
-_SELECT = "SELECT kmi, key_id, state, usage, created, deletion_time FROM entries ORDER BY 1, 2"
-_REPLACE = "INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?, ?, ?)"
+_COLUMNS = "kmi, key_id, state, usage, created, deletion_time, labels"
+_SELECT = f"SELECT {_COLUMNS} FROM entries ORDER BY 1, 2"  # noqa: S608 - no text of others
+_REPLACE = f"INSERT OR REPLACE INTO entries ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?)"  # noqa: S608
+
+
+def _entry(
+    kmi: str, key_id: str, state: str, usage: int, created: float, deletion: float, labels: str
+) -> CatalogEntry:
+    """An entry of its row; raises AttributeError or ValueError if it is damaged."""
+    named = tuple(sorted(json.loads(labels).items()))
+    return CatalogEntry(kmi, key_id, KeyState(state), Usage(usage), created, deletion, named)
 
 
 class SqliteCatalog:
@@ -76,6 +88,7 @@ class SqliteCatalog:
             entry.usage.value,
             float(entry.created),
             None if entry.deletion_time is None else float(entry.deletion_time),
+            json.dumps(dict(entry.labels)),
         )
         with self.locked(), self._database.writing() as connection:
             connection.execute(_REPLACE, row)
@@ -93,11 +106,8 @@ class SqliteCatalog:
         with self._database.reading() as connection:
             rows = connection.execute(_SELECT).fetchall()
         try:
-            entries = [
-                CatalogEntry(kmi, key_id, KeyState(state), Usage(usage), created, deletion_time)
-                for kmi, key_id, state, usage, created, deletion_time in rows
-            ]
-        except ValueError:
+            entries = [_entry(*row) for row in rows]
+        except (AttributeError, ValueError):
             raise CatalogError(
                 f"catalog {self._database.path}: an entry is damaged; restore it from a backup"
             ) from None

@@ -13,6 +13,7 @@ from enum import Enum, auto
 from typing import Any
 from typing import Protocol as Interface
 
+from xkiproxy.crypto.caller import Caller
 from xkiproxy.crypto.operations import (
     Health,
     HealthReport,
@@ -83,21 +84,6 @@ class Identity:
     access_key_id: str
     nonce: str
     expires: float
-
-
-@record
-class Caller:
-    """What the cloud says of its own request: for the audit log and for policies, opaque."""
-
-    request_id: str = ""
-    operation: str = ""
-    instance: str = ""
-    key_arn: str = ""
-    principal: str = ""
-    source_vpc: str = ""
-    source_ip: str = ""
-    via_service: str = ""
-    source_vpc_endpoint: str = ""
 
 
 Mac = Callable[[bytes], bytes]

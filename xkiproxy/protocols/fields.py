@@ -17,7 +17,8 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import orjson
 
-from xkiproxy.protocols.base import Caller, Fields, Refusal
+from xkiproxy.crypto.caller import Caller
+from xkiproxy.protocols.base import Fields, Refusal
 
 _Value = TypeVar("_Value", bound=StrEnum)
 

@@ -17,11 +17,12 @@ from random import getrandbits
 from typing import Any
 
 from xkiproxy.crypto.operations import Fault, Health, OperationError
-from xkiproxy.keystores.keystore import KeyStore, Trail
+from xkiproxy.keystores.keystore import KeyStore
+from xkiproxy.keystores.trail import Trail
 from xkiproxy.observability.audit import AuditError, Sink, encode
 from xkiproxy.observability.metrics import Metrics
 from xkiproxy.observability.series import Count, Distribution
-from xkiproxy.protocols.base import Caller, Protocol, Refusal, Trouble
+from xkiproxy.protocols.base import Protocol, Refusal, Trouble
 from xkiproxy.server.condition import Condition
 from xkiproxy.server.http import Answer, PlainAnswer, Request
 
@@ -31,7 +32,6 @@ _SAMPLED = 64
 """One request in so many has its stages timed: to time them all would be a stage of its own."""
 
 _CANNOT_SERVE = "The proxy cannot serve at the moment."
-_NOBODY = Caller()
 _SUCCESS = "OK"
 _THROTTLED = 429
 
@@ -54,22 +54,19 @@ class Exchange(Trail):
     """
 
     __slots__ = (
-        "access_key_id", "began", "body", "call", "caller", "code", "headers", "key_segment",
-        "marks", "reason", "record", "request_id", "source", "status", "tenant",
+        "began", "body", "call", "code", "headers", "key_segment", "marks", "reason", "record",
+        "request_id", "status", "tenant",
     )  # fmt: skip
 
     def __init__(
         self, tenant: Tenant, call: str, key_segment: str, request: Request, timed: bool
     ) -> None:
-        super().__init__()
+        super().__init__(request.source)
         self.tenant = tenant
         self.began = request.began
-        self.source = request.source
         self.call = call
         self.key_segment = key_segment
         self.request_id = new_request_id()
-        self.caller = _NOBODY
-        self.access_key_id = ""
         self.reason = ""
         self.marks: list[tuple[str, float]] | None = [] if timed else None
         """Stages and when they ended, on a request whose stages are timed."""
@@ -129,6 +126,8 @@ class Gateway:
             refusal = error
         elif isinstance(error, OperationError):
             refusal = protocol.refuse(error)
+            if exchange.policy:
+                refusal.reason = "policy"
         else:
             # The traceback of a fault of ours; messages and `repr`s hold no secrets.
             _log.error("request %s failed", exchange.request_id, exc_info=error)
@@ -286,6 +285,8 @@ def _encode_record(exchange: Exchange) -> bytes:
         record["source_vpc_endpoint"] = caller.source_vpc_endpoint
     if exchange.reason:
         record["reason"] = exchange.reason
+    if exchange.policy:
+        record["policy"] = exchange.policy
     return encode(record)
 
 

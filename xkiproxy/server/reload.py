@@ -99,7 +99,14 @@ def describe(
             continue
         if settings[store.name] != store:
             yield f"the settings of key store {store.name} have changed"
+        if _policies(known) != _policies(tenant):
+            yield f"key store {store.name} has other policies"
         yield from _describe_credentials(known, tenant)
+
+
+def _policies(tenant: Tenant) -> str:
+    authorizer = tenant.store.authorizer
+    return "" if authorizer is None else authorizer.policies.digest
 
 
 def _describe_credentials(old: Tenant, new: Tenant) -> Iterator[str]:

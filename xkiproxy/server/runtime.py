@@ -19,10 +19,12 @@ from xkiproxy.config import Config, ConfigError, Problem, load_config
 from xkiproxy.config.models import AuditSettings, KeystoreSettings
 from xkiproxy.config.secrets import SecretError
 from xkiproxy.crypto.operations import OperationError
+from xkiproxy.keystores.authorization import Authorizer
 from xkiproxy.keystores.catalog import CatalogError
 from xkiproxy.keystores.credentials import CredentialError, load_credentials
 from xkiproxy.keystores.keystore import KeyStore
 from xkiproxy.keystores.lifecycle import due_entries, purge_due
+from xkiproxy.keystores.policies import PolicyError, load_policies
 from xkiproxy.keystores.replay import Replay, ReplayWindow
 from xkiproxy.keystores.shared_replay import SharedReplayWindow
 from xkiproxy.keystores.signing_keys import CachedSigningKeys
@@ -46,7 +48,8 @@ _CHECK_SECONDS = 30.0
 _PURGE_SECONDS = 60.0
 
 _MISTAKES = (
-    CatalogError, CredentialError, KeyManagerError, OperationError, OSError, SecretError, TlsError,
+    CatalogError, CredentialError, KeyManagerError, OperationError, OSError, PolicyError,
+    SecretError, TlsError,
 )  # fmt: skip
 
 
@@ -125,6 +128,7 @@ class Runtime:
             CachedSigningKeys(credentials),
             self._replay(settings.name),
             deadline=settings.deadline_ms / 1000,
+            authorizer=_authorizer(settings),
         )
         return Tenant(settings.path_prefix, PROTOCOLS[settings.protocol](settings), store)
 
@@ -246,6 +250,12 @@ class _Opening:
         """Raise ConfigError if there was a mistake."""
         if self.problems:
             raise ConfigError(self._config.path, self.problems)
+
+
+def _authorizer(settings: KeystoreSettings) -> Authorizer | None:
+    if settings.policies is None:
+        return None
+    return Authorizer(settings.name, load_policies(settings.policies))
 
 
 def _tls_context(config: Config) -> ssl.SSLContext | None:

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xkiproxy.crypto.algorithms import Algorithm, KeySpec, Padding, Usage
+from xkiproxy.crypto.caller import Caller
 from xkiproxy.crypto.operations import (
     Availability,
     CiphertextFormat,
@@ -32,7 +33,7 @@ from xkiproxy.crypto.operations import (
     RandomBytes,
 )
 from xkiproxy.crypto.wrapping import WrappingAlgorithm
-from xkiproxy.protocols.base import Caller, Refusal, Trouble
+from xkiproxy.protocols.base import Refusal, Trouble
 from xkiproxy.protocols.xki import XkiProtocol
 
 METADATA = {"KmsRequestId": "req-1", "KmsOperation": "kms:Encrypt"}

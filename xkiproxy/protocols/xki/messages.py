@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 
 from xkiproxy.crypto import envelope
 from xkiproxy.crypto.algorithms import Algorithm, KeySpec, Padding
+from xkiproxy.crypto.caller import Caller
 from xkiproxy.crypto.operations import (
     Availability,
     CiphertextFormat,
@@ -32,7 +33,7 @@ from xkiproxy.crypto.wrapping import (
     check_wrapping,
     load_public_key,
 )
-from xkiproxy.protocols.base import Caller, Fields, Refusal
+from xkiproxy.protocols.base import Fields, Refusal
 from xkiproxy.protocols.fields import (
     Binary,
     Choice,

@@ -8,6 +8,7 @@ from urllib.parse import unquote
 import orjson
 
 from xkiproxy import __version__
+from xkiproxy.crypto.caller import Caller
 from xkiproxy.crypto.operations import (
     Availability,
     CiphertextFormat,
@@ -29,7 +30,6 @@ from xkiproxy.crypto.operations import (
 )
 from xkiproxy.protocols.base import (
     Action,
-    Caller,
     Fields,
     Identity,
     Refusal,

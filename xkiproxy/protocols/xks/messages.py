@@ -7,6 +7,7 @@ from typing import Any
 from xkiproxy import __version__
 from xkiproxy.crypto import envelope
 from xkiproxy.crypto.algorithms import TAG_SIZE, Algorithm, KeySpec, Usage
+from xkiproxy.crypto.caller import Caller
 from xkiproxy.crypto.operations import (
     Availability,
     CiphertextFormat,
@@ -21,7 +22,7 @@ from xkiproxy.crypto.operations import (
     OperationError,
     invalid_ciphertext,
 )
-from xkiproxy.protocols.base import Caller, Fields, Refusal
+from xkiproxy.protocols.base import Fields, Refusal
 from xkiproxy.protocols.fields import (
     Binary,
     Field,

@@ -6,6 +6,7 @@ import re
 
 import orjson
 
+from xkiproxy.crypto.caller import Caller
 from xkiproxy.crypto.operations import (
     CiphertextFormat,
     Decrypt,
@@ -21,7 +22,6 @@ from xkiproxy.crypto.operations import (
 )
 from xkiproxy.protocols.base import (
     Action,
-    Caller,
     Fields,
     Identity,
     Refusal,
