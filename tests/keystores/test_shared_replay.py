@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from xkiproxy.keystores.shared_replay import SharedReplayWindow, make_table
+from xkiproxy.keystores.shared_replay import SharedReplayWindow, make_replay_table
 
 NOW = 1_800_000_000.0
 
@@ -30,7 +30,7 @@ print(*filter(admit, range(int(sys.argv[2]))))
 
 @pytest.fixture
 def table() -> Iterator[int]:
-    descriptor = make_table(buckets=256)
+    descriptor = make_replay_table(buckets=256)
     yield descriptor
     os.close(descriptor)
 
@@ -58,7 +58,7 @@ def test_it_may_be_used_again_once_it_has_expired(table: int) -> None:
 
 
 def test_a_full_bucket_admits_nothing_until_one_expires() -> None:
-    table = make_table(buckets=1)
+    table = make_replay_table(buckets=1)
     window = SharedReplayWindow(table, "demo")
     for number in range(64):
         assert window.admit("id", str(number), NOW + 10 + number, NOW)
@@ -127,7 +127,7 @@ def test_the_key_is_the_tables_own() -> None:
     """The same nonce lands elsewhere in another table: nobody can choose a bucket to fill."""
     places = set()
     for _ in range(8):
-        table = make_table(buckets=4096)
+        table = make_replay_table(buckets=4096)
         window = SharedReplayWindow(table, "demo")
         window.admit("id", "nonce", NOW + 900, NOW)
         places.add(next(i for i, when in enumerate(window._times) if when))

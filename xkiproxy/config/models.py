@@ -38,6 +38,7 @@ def _host_and_port(value: str) -> str:
 
 Address = Annotated[str, AfterValidator(_host_and_port)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 Seconds = Annotated[float, Field(gt=0, le=3600)]
 
 
@@ -188,6 +189,34 @@ def _path_prefix(value: str) -> str:
     return value
 
 
+def _network(value: Any) -> Network:
+    try:
+        return ipaddress.ip_network(str(value))
+    except ValueError as error:
+        raise ValueError(f'{error}; write it as "203.0.113.0/24" or "2001:db8::/32"') from None
+
+
+def _not_empty(value: tuple[Network, ...] | None) -> tuple[Network, ...] | None:
+    if value == ():
+        raise ValueError("admits nobody; leave it out to admit all")
+    return value
+
+
+class Rate(Section):
+    """So many requests a second, and so many at once (default: what comes in a second)."""
+
+    rate: Annotated[float, Field(gt=0, le=1_000_000)]
+    burst: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
+
+
+class QuotaSettings(Section):
+    """Limits of requests: of all, of each key, of each principal."""
+
+    all: Rate | None = None
+    key: Rate | None = None
+    principal: Rate | None = None
+
+
 class KeystoreSettings(Section):
     """One tenant: a path prefix, a protocol, credentials and the KMIs that hold its keys."""
 
@@ -200,6 +229,10 @@ class KeystoreSettings(Section):
     deadline_ms: Annotated[int, Field(ge=1, le=60_000)] = 250
     disable_output_form_plain: bool = False
     policies: ConfigPath | None = None
+    quota: QuotaSettings = QuotaSettings()
+    source_networks: Annotated[
+        tuple[Annotated[Network, BeforeValidator(_network)], ...] | None, AfterValidator(_not_empty)
+    ] = None
 
 
 class CatalogSettings(Section):

@@ -33,6 +33,7 @@ from xkiproxy.crypto.operations import (
 from xkiproxy.crypto.wrapping import wrap
 from xkiproxy.keystores.authorization import Authorizer
 from xkiproxy.keystores.catalog import Catalog, CatalogEntry, CatalogError
+from xkiproxy.keystores.quotas import Quotas
 from xkiproxy.keystores.replay import Replay
 from xkiproxy.keystores.signing_keys import CachedSigningKeys
 from xkiproxy.keystores.trail import Trail
@@ -73,6 +74,7 @@ class KeyStore:
         *,
         deadline: float,
         authorizer: Authorizer | None = None,
+        quotas: Quotas | None = None,
     ) -> None:
         """`deadline` is in seconds from a request's arrival; without `authorizer` all may ask."""
         self.name = name
@@ -81,6 +83,7 @@ class KeyStore:
         self.replay = replay
         self.deadline = deadline
         self.authorizer = authorizer
+        self._quotas = quotas
         self._catalog = catalog
         self._wrapping = 0
 
@@ -89,6 +92,8 @@ class KeyStore:
 
         `deadline` is on the clock of `time.monotonic`. `trail` is filled in along the way.
         """
+        if self._quotas is not None:
+            self._quotas.take("" if isinstance(operation, Random) else operation.key_id, trail)
         if isinstance(operation, Random):
             trail.kmi = self.kmis[0].name
             if self.authorizer is not None:

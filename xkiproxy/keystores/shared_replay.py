@@ -22,7 +22,7 @@ _BUCKET_SIZE = _PLACES * _HASH_SIZE
 _LOCKS = 1024
 
 
-def make_table(buckets: int = 1 << 16) -> int:
+def make_replay_table(buckets: int = 1 << 16) -> int:
     """An anonymous file with an empty table (12 bytes a place), for `SharedReplayWindow`.
 
     Returns its descriptor; memory is taken as the table fills. Raises OSError.

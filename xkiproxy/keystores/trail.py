@@ -14,7 +14,10 @@ class Trail:
     in the rest, for the audit record.
     """
 
-    __slots__ = ("access_key_id", "caller", "key_id", "kmi", "policy", "source", "version")
+    __slots__ = (
+        "access_key_id", "caller", "key_id", "kmi", "policy", "quota", "retry_after", "source",
+        "version",
+    )  # fmt: skip
 
     def __init__(self, source: str = "") -> None:
         self.access_key_id = ""
@@ -25,3 +28,6 @@ class Trail:
         self.version = 0
         self.policy = ""
         """Which policy has denied it."""
+        self.quota = ""
+        """Over which quota it is, and when to come again, in seconds."""
+        self.retry_after = 1

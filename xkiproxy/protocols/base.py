@@ -41,6 +41,8 @@ class Trouble(Enum):
     REPLAYED = auto()
     OVERLOADED = auto()
     """More requests wait than can be answered in time."""
+    SOURCE_FORBIDDEN = auto()
+    """The client's address is in none of the key store's networks."""
 
 
 class Refusal(Exception):

@@ -25,6 +25,7 @@ from xkiproxy.observability.series import Count, Distribution
 from xkiproxy.protocols.base import Protocol, Refusal, Trouble
 from xkiproxy.server.condition import Condition
 from xkiproxy.server.http import Answer, PlainAnswer, Request
+from xkiproxy.server.networks import Networks
 
 _log = logging.getLogger(__name__)
 
@@ -39,7 +40,14 @@ _THROTTLED = 429
 class Tenant:
     """A key store with its protocol, where it is mounted, and its metrics at hand."""
 
-    def __init__(self, path_prefix: str, protocol: Protocol, store: KeyStore) -> None:
+    def __init__(
+        self,
+        path_prefix: str,
+        protocol: Protocol,
+        store: KeyStore,
+        networks: Networks | None = None,
+    ) -> None:
+        self.networks = networks
         self.base = path_prefix + protocol.base_path
         self.protocol = protocol
         self.store = store
@@ -77,6 +85,8 @@ class Exchange(Trail):
     def complete(self) -> None:
         """Make what is derived of the outcome: the headers and the audit record."""
         self.headers = self.tenant.protocol.headers(self.caller.request_id)
+        if self.status == _THROTTLED:
+            self.headers += b"Retry-After: %d\r\n" % self.retry_after
         self.record = _encode_record(self)
 
 
@@ -169,6 +179,8 @@ class Gateway:
     async def _work(self, tenant: Tenant, request: Request, exchange: Exchange) -> bytes:
         """The body of a good answer; raises Refusal or OperationError."""
         protocol, store = tenant.protocol, tenant.store
+        if tenant.networks is not None and not tenant.networks.admit(request.source):
+            raise protocol.refuse(Trouble.SOURCE_FORBIDDEN)
         if request.trouble is not None:
             raise protocol.refuse(request.trouble)
         if self._condition.reasons:
@@ -222,7 +234,8 @@ class Gateway:
             tenant.counters[call, code] = counter
         counter.inc()
         if exchange.status == _THROTTLED:
-            self._metrics.shed.labels(tenant.store.name, "overload").inc()
+            why = f"quota_{exchange.quota}" if exchange.quota else "overload"
+            self._metrics.shed.labels(tenant.store.name, why).inc()
         if exchange.reason:
             self._metrics.auth_failures.labels(tenant.store.name, exchange.reason).inc()
         if exchange.marks:
@@ -285,6 +298,8 @@ def _encode_record(exchange: Exchange) -> bytes:
         record["source_vpc_endpoint"] = caller.source_vpc_endpoint
     if exchange.reason:
         record["reason"] = exchange.reason
+    if exchange.quota:
+        record["quota"] = exchange.quota
     if exchange.policy:
         record["policy"] = exchange.policy
     return encode(record)

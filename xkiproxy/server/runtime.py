@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from cryptography.hazmat.primitives import hashes
 
@@ -25,6 +25,7 @@ from xkiproxy.keystores.credentials import CredentialError, load_credentials
 from xkiproxy.keystores.keystore import KeyStore
 from xkiproxy.keystores.lifecycle import due_entries, purge_due
 from xkiproxy.keystores.policies import PolicyError, load_policies
+from xkiproxy.keystores.quotas import Quota, Quotas, QuotaTable
 from xkiproxy.keystores.replay import Replay, ReplayWindow
 from xkiproxy.keystores.shared_replay import SharedReplayWindow
 from xkiproxy.keystores.signing_keys import CachedSigningKeys
@@ -36,6 +37,7 @@ from xkiproxy.observability.metrics import Metrics
 from xkiproxy.protocols.registry import PROTOCOLS
 from xkiproxy.server.condition import Condition
 from xkiproxy.server.gateway import Tenant
+from xkiproxy.server.networks import Networks
 from xkiproxy.server.reload import Change, History, describe, fixed_differences
 from xkiproxy.server.tls import TlsError, load_certificate, server_context
 
@@ -53,26 +55,33 @@ _MISTAKES = (
 )  # fmt: skip
 
 
+class Tables(NamedTuple):
+    """Descriptors of what worker processes share: the replay window, quotas."""
+
+    replay: int
+    quotas: int
+
+
 class Runtime:
     """Everything that serves requests, but for the sockets and the audit log's file."""
 
     def __init__(
         self,
         config: Config,
-        replay_table: int | None = None,
+        tables: Tables | None = None,
         load: Callable[[], Config] | None = None,
     ) -> None:
         """Open all parts; raises ConfigError with every problem that was found.
 
-        `replay_table` is the descriptor of the replay window that worker processes share. `load`
-        reads the configuration anew, for a reload.
+        `tables` is what worker processes share. `load` reads the configuration anew, for a reload.
         """
         self.config = config
         self.metrics = Metrics()
         self.condition = Condition()
         self.history = History()
         self.started = datetime.now(UTC)
-        self._replay_table = replay_table
+        self._tables = tables
+        self._quota_table = QuotaTable(tables.quotas if tables else None)
         self._load = load or (lambda: load_config(config.path))
         self._revision = 0
         opening = _Opening(config)
@@ -129,17 +138,29 @@ class Runtime:
             self._replay(settings.name),
             deadline=settings.deadline_ms / 1000,
             authorizer=_authorizer(settings),
+            quotas=self._quotas(settings),
         )
-        return Tenant(settings.path_prefix, PROTOCOLS[settings.protocol](settings), store)
+        protocol, networks = PROTOCOLS[settings.protocol](settings), settings.source_networks
+        return Tenant(
+            settings.path_prefix, protocol, store, None if networks is None else Networks(networks)
+        )
 
     def _replay(self, keystore: str) -> Replay:
         """The replay window of a key store: the one that it has already, if it has one."""
         for tenant in self.tenants:
             if tenant.store.name == keystore:
                 return tenant.store.replay
-        if self._replay_table is None:
+        if self._tables is None:
             return ReplayWindow()
-        return SharedReplayWindow(self._replay_table, keystore)
+        return SharedReplayWindow(self._tables.replay, keystore)
+
+    def _quotas(self, settings: KeystoreSettings) -> Quotas | None:
+        found = {
+            name: Quota(rate.rate, rate.burst or max(1, int(rate.rate)))
+            for name, rate in settings.quota
+            if rate is not None
+        }
+        return Quotas(settings.name, found, self._quota_table) if found else None
 
     async def close(self) -> None:
         """Close what was opened."""

@@ -24,7 +24,7 @@ from xkiproxy.server.admin import OneProcess, admin_listener
 from xkiproxy.server.gateway import Gateway
 from xkiproxy.server.listener import Listener
 from xkiproxy.server.reload import Change, texts
-from xkiproxy.server.runtime import Runtime
+from xkiproxy.server.runtime import Runtime, Tables
 from xkiproxy.server.supervisor import supervise
 
 _log = logging.getLogger(__name__)
@@ -127,11 +127,11 @@ class PublicSide:
 @asynccontextmanager
 async def running_parts(
     config: Config,
-    replay_table: int | None = None,
+    tables: Tables | None = None,
     load: Callable[[], Config] | None = None,
 ) -> AsyncIterator[tuple[Runtime, AuditLog]]:
     """The parts that serve requests, started; raises ConfigError or AuditError. See `Runtime`."""
-    runtime = Runtime(config, replay_table, load)
+    runtime = Runtime(config, tables, load)
     try:
         audit = AuditLog(config.audit.path, runtime.audit_options)
         try:

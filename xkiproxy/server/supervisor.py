@@ -25,12 +25,14 @@ from prometheus_client import generate_latest
 from xkiproxy import __version__
 from xkiproxy.config import Config
 from xkiproxy.config.models import split_address
-from xkiproxy.keystores.shared_replay import make_table
+from xkiproxy.keystores.quotas import make_quota_table
+from xkiproxy.keystores.shared_replay import make_replay_table
 from xkiproxy.observability.metrics import Metrics
 from xkiproxy.observability.series import Snapshot, from_json
 from xkiproxy.server.admin import admin_listener
 from xkiproxy.server.listener import bind
 from xkiproxy.server.reload import History
+from xkiproxy.server.runtime import Tables
 
 _log = logging.getLogger(__name__)
 
@@ -83,7 +85,7 @@ class Supervisor:
         self._ended: Snapshot = {}
         self._started = datetime.now(UTC)
         self._address = ""
-        self._table = -1
+        self._tables = Tables(-1, -1)
         self._history = History()
         self._reloading = asyncio.Lock()
 
@@ -94,7 +96,7 @@ class Supervisor:
         host, _ = split_address(self._config.server.listen)
         port = place.getsockname()[1]
         self._address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        self._table = make_table()
+        self._tables = Tables(make_replay_table(), make_quota_table())
         keepers: list[asyncio.Task[None]] = []
         try:
             await asyncio.gather(*(self._start(worker) for worker in self._workers))
@@ -113,7 +115,8 @@ class Supervisor:
             await asyncio.gather(*keepers, return_exceptions=True)
             await asyncio.gather(*(self._end(worker) for worker in self._workers))
             place.close()
-            os.close(self._table)
+            for table in self._tables:
+                os.close(table)
 
     # ---- processes ---------------------------------------------------------------------------
 
@@ -140,7 +143,7 @@ class Supervisor:
         worker.reader, worker.writer = reader, writer
 
     def _spawn(self, index: int, channel: int) -> subprocess.Popen[bytes]:
-        descriptors = (channel, self._table)
+        descriptors = (channel, *self._tables)
         arguments = (str(self._config.path), str(index), self._address, *map(str, descriptors))
         return subprocess.Popen(  # noqa: S603 - our own program, no text of others
             [sys.executable, "-m", "xkiproxy.server.worker", *arguments],

@@ -1,8 +1,8 @@
 """A worker process: it serves the public address beside its siblings, and reports when asked.
 
-    python -m xkiproxy.server.worker CONFIG INDEX ADDRESS CHANNEL REPLAY_TABLE
+    python -m xkiproxy.server.worker CONFIG INDEX ADDRESS CHANNEL REPLAY_TABLE QUOTA_TABLE
 
-CHANNEL and REPLAY_TABLE are descriptors that the supervisor passes on. Over the channel go lines,
+CHANNEL and the tables are descriptors that the supervisor passes on. Over the channel go lines,
 each answered by one: `report` by a report, which is a JSON object (the first is sent without being
 asked, when the worker serves); `prepare` by a list of problems with the changed configuration;
 `apply` by a list too, when what was prepared has been taken over. When the channel ends, or on
@@ -29,7 +29,7 @@ from xkiproxy.observability.audit import AuditError
 from xkiproxy.observability.logging import configure_logging
 from xkiproxy.observability.series import to_json
 from xkiproxy.server.reload import Change, texts
-from xkiproxy.server.runtime import Runtime
+from xkiproxy.server.runtime import Runtime, Tables
 from xkiproxy.server.serve import PublicSide, public_side, running_parts
 
 _log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ FAILED = 3
 
 def main() -> None:
     """Run a worker."""
-    file, index, address, channel, table = sys.argv[1:]
+    file, index, address, channel, *tables = sys.argv[1:]
     config = load_config(Path(file))
     configure_logging(config.log.level, config.log.format)
     setproctitle(f"xkiproxy: worker {int(index) + 1}")
@@ -51,20 +51,20 @@ def main() -> None:
         return own.model_copy(update={"server": server})
 
     try:
-        uvloop.run(_serve(load, int(index), int(channel), int(table)))
+        uvloop.run(_serve(load, int(index), int(channel), Tables(*map(int, tables))))
     except (AuditError, ConfigError, OSError) as error:
         _log.error("worker %d cannot start: %s", int(index) + 1, error)
         sys.exit(FAILED)
 
 
-async def _serve(load: Callable[[], Config], index: int, channel: int, table: int) -> None:
+async def _serve(load: Callable[[], Config], index: int, channel: int, tables: Tables) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     loop.add_signal_handler(signal.SIGHUP, lambda: None)  # the supervisor says when to reload
     reader, writer = await asyncio.open_connection(sock=socket.socket(fileno=channel))
     async with (
-        running_parts(load(), table, load) as (runtime, audit),
+        running_parts(load(), tables, load) as (runtime, audit),
         public_side(runtime, audit, shares_port=True, purges=index == 0) as public,
     ):
         obeying = asyncio.create_task(_Obedience(runtime, public).run(reader, writer, stop))

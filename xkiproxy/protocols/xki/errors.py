@@ -31,6 +31,8 @@ _PARAMETERS = {
 }
 """The wire names of an operation's fields."""
 
+_SOURCE_FORBIDDEN = "The key store is not open to this address."
+
 _TROUBLES: dict[Trouble, tuple[int, str, str] | tuple[int, str, str, str]] = {
     Trouble.NOT_HTTP: (400, "InvalidRequest", "This is not a valid HTTP request."),
     Trouble.NOT_FOUND: (404, "XkiNotFound", "There is no such path or key store."),
@@ -39,6 +41,7 @@ _TROUBLES: dict[Trouble, tuple[int, str, str] | tuple[int, str, str, str]] = {
     Trouble.BODY_TIMEOUT: (400, "InvalidRequest", "The request body did not arrive."),
     Trouble.REPLAYED: (401, "Unauthorized", "The request is not authenticated.", "replay"),
     Trouble.OVERLOADED: (429, "TooManyRequests", "Too many requests are waiting."),
+    Trouble.SOURCE_FORBIDDEN: (403, "AccessForbidden", _SOURCE_FORBIDDEN, "source_network"),
 }
 """What a Refusal is made of. An exception that is raised again and again keeps all that it met."""
 

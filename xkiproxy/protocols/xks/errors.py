@@ -23,6 +23,8 @@ _FAULTS = {
 
 _UNAUTHENTICATED = (401, "AuthenticationFailedException", "The request is not authenticated.")
 
+_SOURCE_FORBIDDEN = "The key store is not open to this address."
+
 _TROUBLES: dict[Trouble, tuple[int, str, str] | tuple[int, str, str, str]] = {
     Trouble.NOT_HTTP: (400, "ValidationException", "This is not a valid HTTP request."),
     Trouble.NOT_FOUND: (404, "InvalidUriPathException", "There is no such path."),
@@ -35,6 +37,7 @@ _TROUBLES: dict[Trouble, tuple[int, str, str] | tuple[int, str, str, str]] = {
     Trouble.BODY_TIMEOUT: (400, "ValidationException", "The body did not arrive."),
     Trouble.REPLAYED: (*_UNAUTHENTICATED, "replay"),
     Trouble.OVERLOADED: (429, "ThrottlingException", "Too many requests are waiting."),
+    Trouble.SOURCE_FORBIDDEN: (403, "AccessDeniedException", _SOURCE_FORBIDDEN, "source_network"),
 }
 """What a Refusal is made of. An exception that is raised again and again keeps all that it met."""
 
