@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import hashlib
+import ipaddress
 import os
 import sys
 import tempfile
@@ -23,9 +24,12 @@ from typing import Any, cast
 from xkiproxy.config.models import ServerSettings
 from xkiproxy.crypto.algorithms import KeySpec, Usage
 from xkiproxy.crypto.operations import Encrypt, Encrypted, KeyState
+from xkiproxy.keystores.authorization import Authorizer
 from xkiproxy.keystores.catalog import CatalogEntry
 from xkiproxy.keystores.credentials import Credential
 from xkiproxy.keystores.keystore import KeyStore
+from xkiproxy.keystores.policies import Policies, split
+from xkiproxy.keystores.quotas import Quota, Quotas, QuotaTable
 from xkiproxy.keystores.replay import ReplayWindow
 from xkiproxy.keystores.signing_keys import CachedSigningKeys
 from xkiproxy.keystores.sqlite_catalog import SqliteCatalog
@@ -44,6 +48,7 @@ from xkiproxy.server.condition import Condition
 from xkiproxy.server.connection import Connection, Shared
 from xkiproxy.server.gateway import Exchange, Gateway, Tenant
 from xkiproxy.server.http import Request
+from xkiproxy.server.networks import Networks
 
 COUNT = 192
 """A multiple of 64: the gateway times the stages of one request in so many."""
@@ -101,10 +106,21 @@ class _Transport(asyncio.Transport):
         self.written = bytes(data)
 
 
+_POLICY = """
+permit(principal, action, resource) unless { context has source_vpc };
+forbid(principal, action in [Action::"encrypt", Action::"decrypt"], resource)
+unless { context.mode == "GCM" && !context.client_iv };
+"""
+_QUOTAS = {name: Quota(1e9, 1_000_000) for name in ("all", "key", "principal")}
+
+
 class Bench:
     """A proxy with one key store, without its sockets."""
 
-    def __init__(self, folder: Path, protocol: Protocol, client: ClientDialect) -> None:
+    def __init__(
+        self, folder: Path, protocol: Protocol, client: ClientDialect, *, guarded: bool = False
+    ) -> None:
+        """`guarded`: with policies, quotas and source networks, which all admit what comes."""
         self.metrics = Metrics()
         self.protocol = protocol
         self.signing_keys = CachedSigningKeys([_CREDENTIAL])
@@ -116,9 +132,12 @@ class Bench:
         catalog.put(CatalogEntry("local", _KEY, KeyState.ENABLED, Usage.BOTH, 0.0))
         # The instructions of a slow counter must not include those of a missed deadline.
         self.store = KeyStore(
-            "demo", catalog, [kmi], self.signing_keys, ReplayWindow(), deadline=3600
-        )
-        self.tenant = Tenant("/demo", protocol, self.store)
+            "demo", catalog, [kmi], self.signing_keys, ReplayWindow(), deadline=3600,
+            authorizer=Authorizer("demo", Policies(split("p", _POLICY))) if guarded else None,
+            quotas=Quotas("demo", _QUOTAS, QuotaTable()) if guarded else None,
+        )  # fmt: skip
+        networks = Networks([ipaddress.ip_network("192.0.2.0/24")]) if guarded else None
+        self.tenant = Tenant("/demo", protocol, self.store, networks)
         self._client = client
 
     def requests(self) -> Iterator[tuple[dict[str, str], Request]]:
@@ -274,6 +293,10 @@ def _xki(folder: Path) -> Bench:
     return Bench(folder, XkiProtocol(), XkiClient())
 
 
+def _guarded(folder: Path) -> Bench:
+    return Bench(folder, XkiProtocol(), XkiClient(), guarded=True)
+
+
 def _xks(folder: Path) -> Bench:
     return Bench(folder, XksProtocol(), XksClient())
 
@@ -290,6 +313,7 @@ PARTS: dict[str, tuple[Callable[[Path], Bench], Callable[[Bench], Step]]] = {
     "audit": (_xki, _audit),
     "whole-xki": (_xki, _whole),
     "whole-xks": (_xks, _whole),
+    "whole-guarded": (_guarded, _whole),
 }
 """Each with what makes its surroundings, and itself in them."""
 

@@ -282,7 +282,7 @@ def test_a_question_is_asked_once_and_each_dependency_asks_anew(tmp_path: Path) 
         with pytest.raises(OperationError) as caught:
             made.check(operation, ENTRY, 1, denied)
         assert caught.value.fault is Fault.ACCESS_DENIED
-        assert denied.policy == "no policy permits it"
+        assert caught.value.details == {"policy": "no policy permits it"}
         assert "vpc" not in caught.value.message
     assert counting.asked == 2
     made.check(Encrypt("payroll", b""), ENTRY, 1, trail(source_vpc="v"))

@@ -7,6 +7,7 @@ are kept out of their `repr`, so that a traceback or a log cannot show them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum, auto
 
@@ -218,11 +219,20 @@ class OperationError(Exception):
     """An operation that failed.
 
     `message` is sent to the client: it never holds key material, plaintext or a secret.
-    `parameter` names the field of the operation at fault, with `INVALID_PARAMETER`.
+    `parameter` names the field of the operation at fault, with `INVALID_PARAMETER`. `details` are
+    for the audit log and not for the client: which `policy` or `quota` refused it, and with a quota
+    `retry_after`, the seconds after which it would not.
     """
 
-    def __init__(self, fault: Fault, message: str, parameter: str = "") -> None:
+    def __init__(
+        self,
+        fault: Fault,
+        message: str,
+        parameter: str = "",
+        details: Mapping[str, str | int] | None = None,
+    ) -> None:
         super().__init__(fault, message, parameter)
+        self.details = details or {}
         self.fault = fault
         self.message = message
         self.parameter = parameter

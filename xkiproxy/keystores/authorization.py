@@ -82,7 +82,7 @@ class Authorizer:
         """Refuse what the policies do not permit; `revision` is that of the catalog.
 
         Raises:
-            OperationError: ACCESS_DENIED; `trail.policy` then names the policy that decided.
+            OperationError: ACCESS_DENIED; its details name the `policy` that decided.
         """
         verdicts = self._verdicts
         if revision != self._revision or len(verdicts) > _MAX_VERDICTS:
@@ -97,8 +97,8 @@ class Authorizer:
             verdict = self.policies.evaluate(self._request(operation, entry, trail))
             denial = verdicts[question] = None if verdict.allowed else verdict.reason
         if denial is not None:
-            trail.policy = denial
-            raise OperationError(Fault.ACCESS_DENIED, "The key's owner does not permit this.")
+            why = "The key's owner does not permit this."
+            raise OperationError(Fault.ACCESS_DENIED, why, details={"policy": denial})
 
     def _request(
         self, operation: Operation, entry: CatalogEntry | None, trail: Trail

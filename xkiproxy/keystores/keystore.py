@@ -93,7 +93,8 @@ class KeyStore:
         `deadline` is on the clock of `time.monotonic`. `trail` is filled in along the way.
         """
         if self._quotas is not None:
-            self._quotas.take("" if isinstance(operation, Random) else operation.key_id, trail)
+            key_id = "" if isinstance(operation, Random) else operation.key_id
+            self._quotas.take(key_id, trail.caller.principal)
         if isinstance(operation, Random):
             trail.kmi = self.kmis[0].name
             if self.authorizer is not None:

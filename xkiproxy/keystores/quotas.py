@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from time import monotonic
 
 from xkiproxy.crypto.operations import Fault, OperationError
-from xkiproxy.keystores.trail import Trail
 
 _KEY_SIZE = 16
 _PLACES = 1 << 16
@@ -102,20 +101,18 @@ class Quotas:
         self._principal = quotas.get("principal")
         self._marks: dict[tuple[str, str], int] = {}
 
-    def take(self, key_id: str, trail: Trail) -> None:
+    def take(self, key_id: str, principal: str) -> None:
         """Count a request; one that is refused by any quota counts for none.
 
         Raises:
-            OperationError: THROTTLED; `trail.quota` then names the quota, `trail.retry_after` has
-                the seconds, rounded up, after which it would be admitted.
+            OperationError: THROTTLED; its details name the `quota`, and have the seconds, rounded
+                up, after which it would be admitted (`retry_after`).
         """
         now = monotonic()
-        first = self._admit(self._all, "all", "", now, trail) if self._all else None
-        second = self._admit(self._key, "key", key_id, now, trail) if self._key and key_id else None
+        first = self._admit(self._all, "all", "", now) if self._all else None
+        second = self._admit(self._key, "key", key_id, now) if self._key and key_id else None
         third = (
-            self._admit(self._principal, "principal", trail.caller.principal, now, trail)
-            if self._principal
-            else None
+            self._admit(self._principal, "principal", principal, now) if self._principal else None
         )
         times = self._table.times
         for admitted in (first, second, third):
@@ -123,18 +120,15 @@ class Quotas:
                 place, full = admitted
                 times[place] = full
 
-    def _admit(
-        self, quota: Quota, kind: str, name: str, now: float, trail: Trail
-    ) -> tuple[int, float]:
+    def _admit(self, quota: Quota, kind: str, name: str, now: float) -> tuple[int, float]:
         """Where the bucket is and when it will be full with this request; raises OperationError."""
         place = self._table.place(self._mark(kind, name), now)
         full = max(self._table.times[place], now) + 1 / quota.rate
         wait = full - now - quota.burst / quota.rate
         # Sums of a thousand periods are off by a little; a period is what it is about.
         if wait > 1e-3 / quota.rate:
-            trail.quota = kind
-            trail.retry_after = math.ceil(wait)
-            raise OperationError(Fault.THROTTLED, f"Over the quota ({kind}).")
+            details: dict[str, str | int] = {"quota": kind, "retry_after": math.ceil(wait)}
+            raise OperationError(Fault.THROTTLED, f"Over the quota ({kind}).", details=details)
         return place, full
 
     def _mark(self, kind: str, name: str) -> int:

@@ -14,10 +14,7 @@ class Trail:
     in the rest, for the audit record.
     """
 
-    __slots__ = (
-        "access_key_id", "caller", "key_id", "kmi", "policy", "quota", "retry_after", "source",
-        "version",
-    )  # fmt: skip
+    __slots__ = ("access_key_id", "caller", "key_id", "kmi", "source", "version")
 
     def __init__(self, source: str = "") -> None:
         self.access_key_id = ""
@@ -26,8 +23,3 @@ class Trail:
         self.key_id = ""
         self.kmi = ""
         self.version = 0
-        self.policy = ""
-        """Which policy has denied it."""
-        self.quota = ""
-        """Over which quota it is, and when to come again, in seconds."""
-        self.retry_after = 1

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from random import getrandbits
 from typing import Any
@@ -34,6 +34,7 @@ _SAMPLED = 64
 
 _CANNOT_SERVE = "The proxy cannot serve at the moment."
 _SUCCESS = "OK"
+_NOTHING: Mapping[str, str | int] = {}
 _THROTTLED = 429
 
 
@@ -62,8 +63,8 @@ class Exchange(Trail):
     """
 
     __slots__ = (
-        "began", "body", "call", "code", "headers", "key_segment", "marks", "reason", "record",
-        "request_id", "status", "tenant",
+        "began", "body", "call", "code", "details", "headers", "key_segment", "marks", "reason",
+        "record", "request_id", "status", "tenant",
     )  # fmt: skip
 
     def __init__(
@@ -76,6 +77,7 @@ class Exchange(Trail):
         self.key_segment = key_segment
         self.request_id = new_request_id()
         self.reason = ""
+        self.details = _NOTHING
         self.marks: list[tuple[str, float]] | None = [] if timed else None
         """Stages and when they ended, on a request whose stages are timed."""
         self.status = 200
@@ -86,7 +88,7 @@ class Exchange(Trail):
         """Make what is derived of the outcome: the headers and the audit record."""
         self.headers = self.tenant.protocol.headers(self.caller.request_id)
         if self.status == _THROTTLED:
-            self.headers += b"Retry-After: %d\r\n" % self.retry_after
+            self.headers += f"Retry-After: {self.details.get('retry_after', 1)}\r\n".encode()
         self.record = _encode_record(self)
 
 
@@ -136,7 +138,8 @@ class Gateway:
             refusal = error
         elif isinstance(error, OperationError):
             refusal = protocol.refuse(error)
-            if exchange.policy:
+            exchange.details = error.details
+            if "policy" in error.details:
                 refusal.reason = "policy"
         else:
             # The traceback of a fault of ours; messages and `repr`s hold no secrets.
@@ -234,7 +237,8 @@ class Gateway:
             tenant.counters[call, code] = counter
         counter.inc()
         if exchange.status == _THROTTLED:
-            why = f"quota_{exchange.quota}" if exchange.quota else "overload"
+            quota = exchange.details.get("quota")
+            why = "overload" if quota is None else f"quota_{quota}"
             self._metrics.shed.labels(tenant.store.name, why).inc()
         if exchange.reason:
             self._metrics.auth_failures.labels(tenant.store.name, exchange.reason).inc()
@@ -298,10 +302,8 @@ def _encode_record(exchange: Exchange) -> bytes:
         record["source_vpc_endpoint"] = caller.source_vpc_endpoint
     if exchange.reason:
         record["reason"] = exchange.reason
-    if exchange.quota:
-        record["quota"] = exchange.quota
-    if exchange.policy:
-        record["policy"] = exchange.policy
+    if exchange.details:
+        record.update(exchange.details)
     return encode(record)
 
 
