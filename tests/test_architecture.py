@@ -12,16 +12,26 @@ ROOT = Path(xkiproxy.__file__).parent
 MAY_IMPORT = {
     "crypto": set(),
     "storage": set(),
+    "hardening": set(),
     "config": {"crypto"},
     "observability": set(),
-    "kmi": {"crypto", "config", "observability", "storage"},
+    "kmi": {"crypto", "config", "hardening", "observability", "storage"},
     "protocols": {"crypto", "config"},
     "keystores": {"crypto", "config", "kmi", "storage"},
     "conformance": set(),  # it shares no code with what it judges
-    "server": {"crypto", "config", "kmi", "keystores", "protocols", "observability"},
+    "server": {
+        "crypto",
+        "config",
+        "hardening",
+        "kmi",
+        "keystores",
+        "protocols",
+        "observability",
+    },
     "cli": {
         "crypto",
         "config",
+        "hardening",
         "kmi",
         "keystores",
         "protocols",

@@ -58,7 +58,10 @@ def test_add_for_people(run: Run, site: Site) -> None:
 
 def test_list_shows_no_secret(run: Run, site: Site) -> None:
     listed = run("credentials", "list", "--config", site.config, "--json")
-    assert listed.json() == [{"access_key_id": ACCESS_KEY_ID, "created": "2026-01-02T03:04:05Z"}]
+    created = "2026-01-02T03:04:05Z"
+    assert listed.json() == [
+        {"access_key_id": ACCESS_KEY_ID, "created": created, "last_used": None}
+    ]
     for outcome in (listed, run("credentials", "list", "--config", site.config)):
         assert ACCESS_KEY_SECRET not in outcome.out + outcome.err
 

@@ -11,6 +11,7 @@ import threading
 import time
 import tomllib
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -157,6 +158,20 @@ def test_a_mistake_changes_nothing_and_is_named(server: Workers) -> None:
     reload(server)
     assert server.sample("xkiproxy_reloads_total", outcome="ok") == 1
     assert everywhere(server, fresh) == {200}
+
+
+def test_the_last_use_of_each_credential_is_listed(server: Workers) -> None:
+    unused = json.loads(server.run("credentials", "add", "--json").stdout)["access_key_id"]
+    reload(server)
+    before = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    assert everywhere(server, server.cloud) == {200}
+    reload(server)  # what was seen before it is not forgotten
+    server.stop()
+    listed = json.loads(server.run("credentials", "list", "--json").stdout)
+    used = {row["access_key_id"]: row["last_used"] for row in listed}
+    assert used[server.cloud.access_key_id] >= before
+    assert used[unused] is None
+    assert "not seen" in server.run("credentials", "list").stdout
 
 
 def test_under_load_nothing_is_lost(server: Workers) -> None:

@@ -25,6 +25,7 @@ from xkiproxy.cli import (
 from xkiproxy.cli.common import CommandError, err
 from xkiproxy.config import ConfigError
 from xkiproxy.config.secrets import SecretError
+from xkiproxy.hardening import forbid_core_dumps
 from xkiproxy.keystores.catalog import CatalogError
 from xkiproxy.keystores.credentials import CredentialError
 from xkiproxy.keystores.policies import PolicyError
@@ -68,6 +69,7 @@ def _options(
 
 def main() -> None:
     """Run the command line: status 0 done, 1 failed, 2 misuse."""
+    forbid_core_dumps()
     try:
         app()
     except (

@@ -22,6 +22,7 @@ from xkiproxy.config import Config, load_config
 from xkiproxy.config.models import KeystoreSettings
 from xkiproxy.keystores.credentials import Credential, load_credentials
 from xkiproxy.keystores.credentials_file import changing_credentials
+from xkiproxy.keystores.last_use import last_use_path, read_last_use
 from xkiproxy.protocols.registry import CONSOLES
 
 KeystoreOption = Annotated[
@@ -93,17 +94,29 @@ def list_command(
     config: ConfigOption = DEFAULT_CONFIG,
     as_json: JsonOption = False,
 ) -> None:
-    """List the credentials, without their secrets.
+    """List the credentials, without their secrets, with their last use as a server saw it.
+
+    A running server writes that down once a minute.
 
     Example: xkiproxy credentials list --json
     """
-    store = pick_keystore(load_config(config), keystore)
+    settings = load_config(config)
+    store = pick_keystore(settings, keystore)
     credentials = load_credentials(store.credentials)
+    used = read_last_use(last_use_path(settings.catalog.path)).get(store.name, {})
+    rows = [(c.access_key_id, c.created, _time(used.get(c.access_key_id))) for c in credentials]
     if as_json:
-        print_json([{"access_key_id": c.access_key_id, "created": c.created} for c in credentials])
+        names = ("access_key_id", "created", "last_used")
+        print_json([dict(zip(names, row, strict=True)) for row in rows])
     else:
-        rows = [(c.access_key_id, c.created) for c in credentials]
-        print_table(("ACCESS KEY ID", "CREATED"), rows)
+        shown = [(name, created, last or "not seen") for name, created, last in rows]
+        print_table(("ACCESS KEY ID", "CREATED", "LAST USED"), shown)
+
+
+def _time(seconds: float | None) -> str | None:
+    if seconds is None:
+        return None
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 @app.command("revoke")

@@ -47,8 +47,11 @@ class Tenant:
         protocol: Protocol,
         store: KeyStore,
         networks: Networks | None = None,
+        last_used: dict[str, float] | None = None,
     ) -> None:
+        """`last_used` is told when an access key is used, in seconds since the epoch."""
         self.networks = networks
+        self.last_used = {} if last_used is None else last_used
         self.base = path_prefix + protocol.base_path
         self.protocol = protocol
         self.store = store
@@ -202,6 +205,7 @@ class Gateway:
         ):
             raise protocol.refuse(Trouble.REPLAYED)
         exchange.access_key_id = identity.access_key_id
+        tenant.last_used[identity.access_key_id] = now
         if marks is not None:
             marks.append(("authenticate", time.monotonic()))
 

@@ -23,6 +23,7 @@ from xkiproxy.keystores.authorization import Authorizer
 from xkiproxy.keystores.catalog import CatalogError
 from xkiproxy.keystores.credentials import CredentialError, load_credentials
 from xkiproxy.keystores.keystore import KeyStore
+from xkiproxy.keystores.last_use import LastUse, last_use_path
 from xkiproxy.keystores.lifecycle import due_entries, purge_due
 from xkiproxy.keystores.policies import PolicyError, load_policies
 from xkiproxy.keystores.quotas import Quota, Quotas, QuotaTable
@@ -47,6 +48,7 @@ _Part = TypeVar("_Part")
 _REFRESH_SECONDS = 0.25
 _AUDIT_SECONDS = 1.0
 _CHECK_SECONDS = 30.0
+_LAST_USE_SECONDS = 60.0
 _PURGE_SECONDS = 60.0
 
 _MISTAKES = (
@@ -81,6 +83,7 @@ class Runtime:
         self.history = History()
         self.started = datetime.now(UTC)
         self._tables = tables
+        self._last_use = LastUse(last_use_path(config.catalog.path))
         self._quota_table = QuotaTable(tables.quotas if tables else None)
         self._load = load or (lambda: load_config(config.path))
         self._revision = 0
@@ -142,7 +145,11 @@ class Runtime:
         )
         protocol, networks = PROTOCOLS[settings.protocol](settings), settings.source_networks
         return Tenant(
-            settings.path_prefix, protocol, store, None if networks is None else Networks(networks)
+            settings.path_prefix,
+            protocol,
+            store,
+            None if networks is None else Networks(networks),
+            self._last_use.of(settings.name),
         )
 
     def _replay(self, keystore: str) -> Replay:
@@ -164,6 +171,7 @@ class Runtime:
 
     async def close(self) -> None:
         """Close what was opened."""
+        self._write_last_use()
         for kmi in self.kmis.values():
             await kmi.close()
         self.catalog.close()
@@ -184,6 +192,7 @@ class Runtime:
             _every(_REFRESH_SECONDS, self._refresh),
             _every(_AUDIT_SECONDS, lambda: self._check_audit(audit)),
             _every(_CHECK_SECONDS, self.check_kmis),
+            _every(_LAST_USE_SECONDS, lambda: asyncio.to_thread(self._write_last_use)),
         ]
         if purges:
             work.append(_every(_PURGE_SECONDS, self._purge))
@@ -210,6 +219,13 @@ class Runtime:
             self.condition.fail("audit", str(error))
         else:
             self.condition.recover("audit")
+
+    def _write_last_use(self) -> None:
+        try:
+            self._last_use.write()
+        except OSError as error:
+            # For people only: nothing depends on it.
+            _log.warning("when credentials were used last cannot be written: %s", error)
 
     async def _purge(self) -> None:
         now = time.time()

@@ -25,6 +25,7 @@ import uvloop
 from setproctitle import setproctitle
 
 from xkiproxy.config import Config, ConfigError, load_config
+from xkiproxy.hardening import forbid_core_dumps
 from xkiproxy.observability.audit import AuditError
 from xkiproxy.observability.logging import configure_logging
 from xkiproxy.observability.series import to_json
@@ -40,6 +41,7 @@ FAILED = 3
 
 def main() -> None:
     """Run a worker."""
+    forbid_core_dumps()
     file, index, address, channel, *tables = sys.argv[1:]
     config = load_config(Path(file))
     configure_logging(config.log.level, config.log.format)

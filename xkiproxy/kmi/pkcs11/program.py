@@ -17,6 +17,7 @@ from typing import Any
 
 from setproctitle import setproctitle
 
+from xkiproxy.hardening import forbid_core_dumps
 from xkiproxy.kmi.pkcs11 import wire
 from xkiproxy.kmi.pkcs11.token import BrokenError, LoginError, Sm4Numbers, Token, TokenError
 
@@ -49,6 +50,7 @@ class _Channel:
 
 def main() -> None:
     """Serve one connection to the server, until it ends."""
+    forbid_core_dumps()
     parent = os.getppid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     channel = _Channel(socket.socket(fileno=int(sys.argv[1])))
