@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
+import secret_scan
 import uvloop
 from cloud import Cloud
 from harness import AWS_ID, AWS_SECRET, FaultyLane, Proxy, fill_catalog, make_certificate
@@ -37,6 +38,13 @@ from xkiproxy.server.tls import server_context
 def pytest_asyncio_loop_factories(config: Any, item: Any) -> dict[str, Callable[[], Any]]:
     """Asynchronous tests run on the loop that the server runs on."""
     return {"uvloop": uvloop.new_event_loop}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_put_out_holds_a_secret(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """At the end of the run everything that was put out is searched for everything secret."""
+    yield
+    assert secret_scan.leaks(tmp_path_factory.getbasetemp()) == []
 
 
 @pytest.fixture

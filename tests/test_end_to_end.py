@@ -22,9 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import secret_scan
 from cloud import SHA256, SM3, Cloud
+from hsm import children
 
 BASE = "/demo/kms/xki/v1"
+
+_SHOW_SECRETS = {"credentials", "kms-config", "call"}
+"""Commands that are asked to show a secret or a plaintext."""
 
 
 def free_ports(count: int) -> list[int]:
@@ -70,8 +75,27 @@ class Installation:
             input=stdin, capture_output=True, text=True, check=False, timeout=60,
         )  # fmt: skip
         self.printed += done.stdout + done.stderr
+        if arguments[0] not in _SHOW_SECRETS:
+            self._keep("printed.log", done.stdout + done.stderr)
         assert done.returncode == status, done.stdout + done.stderr
         return done
+
+    def _keep(self, name: str, text: str) -> None:
+        """For the scan at the end of the run (`secret_scan`)."""
+        with (self.directory.parent / name).open("a") as file:
+            file.write(text + "\n")
+
+    def _keep_processes(self) -> None:
+        """The command lines and environments of the server and what it has started."""
+        assert self.process is not None
+        pids = [self.process.pid]
+        while pids:
+            pid = pids.pop()
+            for name in ("cmdline", "environ"):
+                with contextlib.suppress(OSError):
+                    text = Path(f"/proc/{pid}/{name}").read_text(errors="replace")
+                    self._keep("processes.log", text.replace("\0", "\n"))
+            pids += children(pid)
 
     def start(self) -> None:
         with self.output.open("ab") as log:
@@ -91,10 +115,21 @@ class Installation:
         process, self.process = self.process, None
         if process is None:
             return 0
+        if process.poll() is None:
+            self.process = process
+            self.admin("metrics")
+            self.admin("status")
+            self._keep_processes()
+            self.process = None
         process.send_signal(number)
         return process.wait(timeout=30)
 
     def admin(self, path: str) -> tuple[int, str]:
+        status, text = self._ask_admin(path)
+        self._keep("admin.log", text)
+        return status, text
+
+    def _ask_admin(self, path: str) -> tuple[int, str]:
         try:
             url = f"http://127.0.0.1:{self.admin_port}/{path}"
             with urllib.request.urlopen(url, timeout=10) as response:
@@ -121,6 +156,7 @@ class Installation:
         return self.send(path, body, self.cloud.headers(path, body, algorithm=algorithm))
 
     def encrypt(self, plaintext: bytes, key: str = "demo-key") -> tuple[int, dict[str, Any]]:
+        secret_scan.plaintexts.add(plaintext)
         return self.call("encrypt", key, Plaintext=base64.b64encode(plaintext).decode())
 
     def decrypt(self, made: dict[str, Any], key: str = "demo-key") -> bytes:
