@@ -43,3 +43,11 @@ def test_every_kind_of_secret_is_found(tmp_path: Path, monkeypatch: pytest.Monke
     assert {"server.log", "audit.jsonl", "admin.log", "printed.log", "processes.log"} <= outputs
     assert "serve" in (tmp_path / "processes.log").read_text()
     assert "PATH=" in (tmp_path / "processes.log").read_text()
+
+
+def test_the_hmac_of_a_closed_audit_log_is_no_secret(tmp_path: Path) -> None:
+    (tmp_path / "hmac.key").write_text("ab" * 32)
+    (tmp_path / "audit-9.jsonl").write_text('{"event":"audit_closed","file":"audit-9.jsonl"}\n')
+    (tmp_path / "audit-9.jsonl.hmac").write_text(f"{'cd' * 32}  audit-9.jsonl\n")
+    assert secret_scan.secrets(tmp_path) == {"ab" * 32}
+    assert secret_scan.leaks(tmp_path) == []
