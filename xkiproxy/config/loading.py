@@ -34,6 +34,7 @@ _TABLES: dict[str, type[BaseModel]] = {
     "log": LogSettings,
 }
 _ARRAYS = ("kmi", "keystore")
+_SINK_TYPES = ("syslog", "stdout")
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +130,8 @@ def _explain(error: ValidationError, where: str) -> Iterator[Problem]:
     for item in error.errors(include_url=False, include_input=False):
         place = where
         for part in item["loc"]:
+            if place.endswith("]") and part in _SINK_TYPES:
+                continue  # which model was chosen: no key of the file
             place += f"[{part}]" if isinstance(part, int) else f".{part}"
         yield Problem(place, _sentence(item["type"], item["msg"]))
 
@@ -152,6 +155,7 @@ def _check_ties(document: dict[str, Any]) -> Iterator[Problem]:
     paths = [f"{store.get('path_prefix')} of {store.get('protocol')}" for store in stores]
     yield from _repeated("keystore", "path_prefix", paths)
     yield from _check_lanes(document)
+    yield from _check_stdout(document)
     for index, store in enumerate(stores):
         names = store.get("kmi")
         for position, name in enumerate(names if isinstance(names, list) else ()):
@@ -170,6 +174,17 @@ def _check_lanes(document: dict[str, Any]) -> Iterator[Problem]:
         if isinstance(lanes, int) and isinstance(workers, int) and lanes < workers:
             what = f"must be at least server.workers ({workers}): each worker needs a lane"
             yield Problem(f"kmi[{index}].lanes", what)
+
+
+def _check_stdout(document: dict[str, Any]) -> Iterator[Problem]:
+    server, audit = document.get("server"), document.get("audit")
+    workers = server.get("workers", 1) if isinstance(server, dict) else 1
+    if workers == 1 or not isinstance(audit, dict):
+        return
+    for index, sink in enumerate(_tables(audit, "sink")):
+        if sink.get("type") == "stdout":
+            what = "is one stream, but each worker has a chain of its own: use workers = 1"
+            yield Problem(f"audit.sink[{index}]", f"standard output {what}, or syslog")
 
 
 def _tables(document: dict[str, Any], name: str) -> list[dict[str, Any]]:

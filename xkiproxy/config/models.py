@@ -38,6 +38,11 @@ def _host_and_port(value: str) -> str:
 
 Address = Annotated[str, AfterValidator(_host_and_port)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
+Facility = Literal[
+    "kern", "user", "mail", "daemon", "auth", "syslog", "lpr", "news", "uucp", "cron", "authpriv",
+    "ftp", "ntp", "audit", "alert", "clock", "local0", "local1", "local2", "local3", "local4",
+    "local5", "local6", "local7",
+]  # fmt: skip
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 Seconds = Annotated[float, Field(gt=0, le=3600)]
 
@@ -241,17 +246,83 @@ class CatalogSettings(Section):
     path: ConfigPath = Field(default="catalog.db", validate_default=True)
 
 
+class SyslogTlsSettings(Section):
+    """How a syslog server proves who it is, and the proxy to it."""
+
+    ca: ConfigPath | None = None
+    certificate: ConfigPath | None = None
+    private_key: SecretSource | None = None
+    server_name: str = ""
+
+    @model_validator(mode="after")
+    def _certificate_with_key(self) -> Self:
+        if (self.certificate is None) != (self.private_key is None):
+            raise ValueError("certificate and private_key belong together")
+        if self.private_key is not None and self.private_key.env is not None:
+            raise ValueError("private_key must come from a file or a credential")
+        return self
+
+
+class SinkSettings(Section):
+    """What every place has that takes audit records beside the file."""
+
+    buffer_bytes: Annotated[int, Field(ge=64 << 10, le=256 << 20)] = 1 << 20
+    stall_timeout_seconds: Seconds = 10
+
+
+class SyslogSettings(SinkSettings):
+    """A syslog server: RFC 5424 over TLS or TCP."""
+
+    type: Literal["syslog"]
+    name: Name = "syslog"
+    address: Address
+    tls: SyslogTlsSettings | None = None
+    plaintext: bool = False
+    facility: Facility = "local0"
+    app_name: Annotated[str, Field(pattern=r"^[!-~]{1,48}$")] = "xkiproxy"
+    connect_timeout_seconds: Seconds = 5
+
+    @model_validator(mode="after")
+    def _tls_or_said(self) -> Self:
+        if self.tls is not None and self.plaintext:
+            raise ValueError("plaintext = true and tls contradict each other")
+        is_near = _is_loopback(split_address(self.address)[0])
+        if self.tls is None and not self.plaintext and not is_near:
+            raise ValueError("tls is missing; for records in the clear say plaintext = true")
+        return self
+
+
+class StdoutSettings(SinkSettings):
+    """Standard output, a line a record."""
+
+    type: Literal["stdout"]
+    name: Name = "stdout"
+
+
 _MIN_AUDIT_BYTES = 64 << 10
 
 
 class AuditSettings(Section):
-    """Where the audit log is written, when a file is closed, and what it is closed with."""
+    """Where the audit log is written, when a file is closed, and where its records go besides."""
 
     path: ConfigPath = Field(default="audit.jsonl", validate_default=True)
     max_bytes: Annotated[int, Field(ge=0)] = 256 << 20
     max_age_hours: Annotated[float, Field(ge=0, le=24 * 366)] = 24
     fsync: bool = False
     hmac_key: SecretSource | None = None
+    required: Literal["all", "any"] = "all"
+    sink: tuple[Annotated[SyslogSettings | StdoutSettings, Field(discriminator="type")], ...] = ()
+
+    @field_validator("sink")
+    @classmethod
+    def _names_differ(
+        cls, value: tuple[SyslogSettings | StdoutSettings, ...]
+    ) -> tuple[SyslogSettings | StdoutSettings, ...]:
+        names = ["file", *(sink.name for sink in value)]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two sinks have the name {name!r}: give one another name")
+        return value
 
     @field_validator("max_bytes")
     @classmethod

@@ -16,13 +16,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
-from xkiproxy.observability.chain import CLOSED, ChainError, Link, chain, encode, encode_event
-from xkiproxy.observability.chainfile import ChainFile
+from xkiproxy.observability.chain import CLOSED, FILE, RESUMED, ChainError, Link, chain, encode
+from xkiproxy.observability.chainfile import ChainFile, Mirror
 from xkiproxy.observability.logfiles import READ_ONLY, closed_name, closed_seq, write_hmac
 
-__all__ = ["AuditError", "AuditLog", "AuditOptions", "Sink", "encode"]
+__all__ = ["AuditError", "AuditLog", "AuditOptions", "Sink", "SinkState", "encode"]
 
 _MOVE_AWAY = (
     "; it was changed, or is no log of this version: keep it for examination, move it to another"
@@ -34,17 +34,29 @@ class AuditError(Exception):
     """The audit log cannot be written; the text says why and what to do."""
 
 
-class Sink(Protocol):
-    """Where audit records go: a file (`AuditLog`), and whatever else keeps them."""
+class SinkState(NamedTuple):
+    """Whether a sink takes records, and if not, why."""
 
-    available: bool
+    name: str
     error: str
+
+    @property
+    def is_up(self) -> bool:
+        """Whether it takes records."""
+        return not self.error
+
+
+class Sink(Protocol):
+    """Where audit records go: a file (`AuditLog`), or that and others (`Fanout`)."""
 
     def append(self, records: Sequence[bytes]) -> None:
         """Take a group of records, all or none; raises AuditError."""
 
     def check(self) -> None:
         """Once a second: housekeeping, and try again what was broken; raises AuditError."""
+
+    def states(self) -> list[SinkState]:
+        """How it is with each place that records go to."""
 
     def close(self) -> None:
         """Let go of what is held."""
@@ -67,16 +79,22 @@ class AuditLog:
     ends it. With `fsync` they are on the disk.
     """
 
-    def __init__(self, path: Path, options: AuditOptions | None = None) -> None:
-        """Open or make the file (mode 0600) and go on with its chain; raises AuditError."""
+    def __init__(
+        self, path: Path, options: AuditOptions | None = None, mirror: Mirror | None = None
+    ) -> None:
+        """Open or make the file (mode 0600) and go on with its chain; raises AuditError.
+
+        `mirror` is given every line that was written, also those that the log writes of itself.
+        """
         self._path = path
+        self._mirror = mirror
         self._options = options or AuditOptions()
         self._limit = self._options.max_bytes or sys.maxsize
         self._closing: str | None = None
         """The name that the file is to have: it has its last record, the rest is to be done."""
         self.available = True
         self.error = ""
-        self._file = _open(path, self._options, None, "")
+        self._file = self._open(None, "", None)
         try:
             self._take_up_rotation()
         except AuditError:
@@ -112,21 +130,34 @@ class AuditLog:
             self._finish_rotation()
         self._look_after_file()
         if not self.available:
-            self._write(encode_event("audit_resumed", after=self.error))
+            self._write(RESUMED, after=self.error)
             self.available = True
             self.error = ""
         age = datetime.now(UTC) - self._file.begun
         if self._options.max_age and age > self._options.max_age and self._file.has_records:
             self._rotate()
 
+    def states(self) -> list[SinkState]:
+        """See `Sink`."""
+        return [SinkState(FILE, self.error)]
+
+    @property
+    def link(self) -> Link:
+        """What the next record hangs on."""
+        return self._file.ahead or self._file.link
+
+    def go_on(self, link: Link) -> None:
+        """While the log is broken: others have taken the chain so far. It says so when it can."""
+        self._file.ahead = link
+
     def close(self) -> None:
         """Close the file; its chain goes on at the next start."""
         self._file.close()
 
-    def _write(self, record: bytes) -> None:
+    def _write(self, event: str, **fields: Any) -> None:
         """A record of the log's own: it may pass the size, since it says why."""
         try:
-            self._file.append(*chain([record], self._file.link))
+            self._file.append_event(event, **fields)
         except OSError as error:
             raise self._broken(f"{self._path}: {error.strerror}") from None
 
@@ -139,7 +170,7 @@ class AuditLog:
         now = datetime.now(UTC)
         name = closed_name(self._path, now, self._file.link.seq + 1)
         has_hmac = self._options.hmac_key is not None
-        self._write(encode_event(CLOSED, file=name, hmac=has_hmac))
+        self._write(CLOSED, file=name, hmac=has_hmac)
         self._closing = name
         self._finish_rotation()
 
@@ -193,19 +224,27 @@ class AuditLog:
 
     def _reopen(self) -> None:
         try:
-            file = _open(self._path, self._options, self._file.link, self._file.name())
+            file = self._open(self._file.link, self._file.name(), self._file.ahead)
         except AuditError as error:
             raise self._broken(str(error)) from None
         self._file.close()
         self._file = file
 
-
-def _open(path: Path, options: AuditOptions, link: Link | None, previous: str) -> ChainFile:
-    try:
-        return ChainFile(path, link, previous, hmac_key=options.hmac_key, fsync=options.fsync)
-    except BlockingIOError:
-        raise AuditError(f"{path}: another process writes this audit log") from None
-    except OSError as error:
-        raise AuditError(f"{path}: {error.strerror}") from None
-    except ChainError as error:
-        raise AuditError(f"{path}: {error}{_MOVE_AWAY}") from None
+    def _open(self, link: Link | None, previous: str, ahead: Link | None) -> ChainFile:
+        path, options = self._path, self._options
+        try:
+            return ChainFile(
+                path,
+                link,
+                previous,
+                ahead=ahead,
+                hmac_key=options.hmac_key,
+                fsync=options.fsync,
+                mirror=self._mirror,
+            )
+        except BlockingIOError:
+            raise AuditError(f"{path}: another process writes this audit log") from None
+        except OSError as error:
+            raise AuditError(f"{path}: {error.strerror}") from None
+        except ChainError as error:
+            raise AuditError(f"{path}: {error}{_MOVE_AWAY}") from None

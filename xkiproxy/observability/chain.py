@@ -22,6 +22,11 @@ import orjson
 RECOVERED = "audit_recovered"
 OPENED = "audit_opened"
 CLOSED = "audit_closed"
+RESUMED = "audit_resumed"
+SINK_RESUMED = "audit_sink_resumed"
+
+FILE = "file"
+"""The sink that every log has: the chain is at home there."""
 
 _HEAD = re.compile(rb'\{"seq":([1-9][0-9]{0,18}),"prev":"([0-9a-f]{64})",')
 _FIRST_WINDOW = 1 << 16
@@ -61,6 +66,13 @@ class Line(NamedTuple):
         """What the log says of itself by this record; empty for a request's."""
         return str(self.fields.get("event", ""))
 
+    def missing(self, sink: str) -> tuple[int, int] | None:
+        """The first and last of the records that this one says a sink was not given."""
+        first, last = self.fields.get("missing_first"), self.fields.get("missing_last")
+        if self.fields.get("sink") != sink or not (type(first) is type(last) is int):
+            return None
+        return first, last
+
 
 def encode(record: Mapping[str, Any]) -> bytes:
     """A record as JSON, without the number and the hash that `chain` puts before it."""
@@ -70,6 +82,11 @@ def encode(record: Mapping[str, Any]) -> bytes:
 def encode_event(event: str, **fields: Any) -> bytes:
     """A record that the log writes of itself."""
     return encode({"time": datetime.now(UTC), "event": event, **fields})
+
+
+def missing_fields(sink: str, first: int, last: int) -> dict[str, Any]:
+    """What `Line.missing` reads."""
+    return {"sink": sink, "missing_first": first, "missing_last": last}
 
 
 def chain(records: Sequence[bytes], link: Link) -> tuple[bytes, Link]:
@@ -155,6 +172,8 @@ def _check_link(data: bytes, start: int, line: Line, *, is_whole: bool) -> bool:
     if start == 0:
         return True  # a file's first record follows from another file
     before = read_line(data[data.rfind(b"\n", 0, start - 1) + 1 : start - 1])
+    if before is not None and line.missing(FILE) == (before.seq + 1, line.seq - 1):
+        return True  # other sinks have what is between
     if before is None or before.seq + 1 != line.seq or before.hash != line.prev:
         raise ChainError(f"its last record, {line.seq}, does not follow from what is before it")
     return True

@@ -5,12 +5,15 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+from collections.abc import Callable
 from datetime import UTC, datetime
 from hashlib import sha256
 from hmac import HMAC
 from pathlib import Path
+from typing import Any
 
 from xkiproxy.observability.chain import (
+    FILE,
     OPENED,
     RECOVERED,
     START,
@@ -20,6 +23,7 @@ from xkiproxy.observability.chain import (
     Link,
     chain,
     encode_event,
+    missing_fields,
     read_end,
     read_line,
 )
@@ -28,19 +32,33 @@ from xkiproxy.observability.logfiles import find_previous, new_hmac
 _BLOCK = 1 << 20
 _FIRST_LINE = 1 << 16
 
+Mirror = Callable[[bytes, Link], None]
+"""Given the lines that were written, and the link of the last; it raises nothing."""
+
 
 class ChainFile:
     """A file that records are appended to; it raises OSError and ChainError."""
 
     def __init__(
-        self, path: Path, known: Link | None, previous: str, *, hmac_key: bytes | None, fsync: bool
+        self,
+        path: Path,
+        known: Link | None,
+        previous: str,
+        *,
+        ahead: Link | None = None,
+        hmac_key: bytes | None,
+        fsync: bool,
+        mirror: Mirror | None = None,
     ) -> None:
         """Open or make the file (mode 0600) and go on where it ends.
 
-        `known` is what the next record hangs on, and `previous` the file before this one, where
-        the caller has written a file already; else what is found on the disk decides.
+        `known` is what the last record of the caller's files is, and `previous` the file before
+        this one, where the caller has written a file already; else what is found on the disk
+        decides. `ahead` is where the chain has come to without its file.
         """
         self.path = path
+        self.ahead = ahead
+        self._mirror = mirror
         self.size = 0
         self.link = START
         self.mac: HMAC | None = None
@@ -101,6 +119,20 @@ class ChainFile:
         self.link = link
         if self.mac is not None:
             self.mac.update(lines)
+        if self._mirror is not None:
+            self._mirror(lines, link)
+
+    def append_event(self, event: str, **fields: Any) -> None:
+        """Append a record of the log's own; it names what the file has missed. Raises OSError."""
+        self._append_event(b"", event, fields)
+
+    def _append_event(self, before: bytes, event: str, fields: dict[str, Any]) -> None:
+        link = self.ahead or self.link
+        if self.ahead is not None:
+            fields = {**fields, **missing_fields(FILE, self.link.seq + 1, self.ahead.seq)}
+        lines, link = chain([encode_event(event, **fields)], link)
+        self.append(before + lines, link)
+        self.ahead = None
 
     def repair(self) -> None:
         """Cut off what a failed write has left and could not be cut off then; raises OSError."""
@@ -153,11 +185,10 @@ class ChainFile:
         if end.unfinished:
             digest = sha256(end.unfinished).hexdigest()
             size = len(end.unfinished)
-            event = encode_event(RECOVERED, bytes=size, sha256=digest, **from_file)
-            lines, link = chain([event], self.link)
-            self.append(b"\n" + lines, link)
+            found = {"bytes": size, "sha256": digest, **from_file}
+            self._append_event(b"\n", RECOVERED, found)
         elif from_file:
-            self.append(*chain([encode_event(OPENED, **from_file)], self.link))
+            self.append_event(OPENED, **from_file)
             self._first = self.link.seq
 
 

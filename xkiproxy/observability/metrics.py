@@ -47,7 +47,7 @@ class Metrics:
         )
         self.kmi_state = gauge(
             "xkiproxy_kmi_state", "1 for the state that a KMI is in, 0 for the others.",
-            "kmi", "state", is_common=True,
+            "kmi", "state", merge=max,
         )  # fmt: skip
         self.kmi_lanes = gauge(
             "xkiproxy_kmi_lanes", "Lanes of a KMI, by what they do.", "kmi", "state"
@@ -76,13 +76,17 @@ class Metrics:
         )  # fmt: skip
         self.certificate_expiry = gauge(
             "xkiproxy_tls_certificate_expiry_timestamp_seconds", "When the certificate expires.",
-            "listener", is_common=True,
+            "listener", merge=max,
         )  # fmt: skip
         self.reloads = counter("xkiproxy_reloads", "Reloads of the configuration.", "outcome")
         self.worker_restarts = counter("xkiproxy_worker_restarts", "Worker processes replaced.")
         audit_records = counter("xkiproxy_audit_records", "Audit records written.")
         self.audit_records = audit_records.labels()
-        build = gauge("xkiproxy_build_info", "Always 1.", "version", is_common=True)
+        self.audit_sink_up = gauge(
+            "xkiproxy_audit_sink_up", "Whether a sink takes audit records, at every worker.",
+            "sink", merge=min,
+        )  # fmt: skip
+        build = gauge("xkiproxy_build_info", "Always 1.", "version", merge=max)
         build.labels(__version__).set(1)
         named = [family for family in vars(self).values() if isinstance(family, Family)]
         self.collection = Collection([*named, audit_records, build])

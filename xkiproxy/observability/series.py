@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
+from operator import add
 from typing import Any, Generic, TypeVar
 
 from prometheus_client.core import (
@@ -21,6 +22,8 @@ from prometheus_client.core import (
 
 Values = list[float]
 """One value; or, of a histogram, the counts of its buckets (not added up) and the sum."""
+
+Merge = Callable[[float, float], float]
 
 Snapshot = Mapping[str, Mapping[tuple[str, ...], Values]]
 """By the name of the family and the values of its labels."""
@@ -99,10 +102,10 @@ class Family(Generic[_Child]):
         make: Callable[[], _Child],
         bounds: Sequence[float] = (),
         *,
-        is_common: bool = False,
+        merge: Merge = add,
     ) -> None:
-        """`is_common`: a fact of the whole server, which its processes do not add up."""
-        self.is_common = is_common
+        """`merge`: what two processes' values are together, such as the larger one."""
+        self.merge = merge
         self.name = name
         self.documentation = documentation
         self.label_names = labels
@@ -152,9 +155,9 @@ def counter(name: str, documentation: str, *labels: str) -> Family[Count]:
     return Family(name, documentation, labels, Count)
 
 
-def gauge(name: str, documentation: str, *labels: str, is_common: bool = False) -> Family[Level]:
-    """A family of gauges; see `Family` for `is_common`."""
-    return Family(name, documentation, labels, Level, is_common=is_common)
+def gauge(name: str, documentation: str, *labels: str, merge: Merge = add) -> Family[Level]:
+    """A family of gauges; see `Family` for `merge`."""
+    return Family(name, documentation, labels, Level, merge=merge)
 
 
 def histogram(
@@ -182,16 +185,16 @@ class Collection:
             yield self._families[name].describe(values)
 
     def merge(self, snapshots: Iterable[Snapshot]) -> Snapshot:
-        """What several processes have counted together; of common facts the largest value."""
+        """What several processes have counted together."""
         found: dict[str, dict[tuple[str, ...], Values]] = {}
         for snapshot in snapshots:
             for name, children in snapshot.items():
-                add = max if self._families[name].is_common else _sum
+                join = self._families[name].merge
                 family = found.setdefault(name, {})
                 for labels, values in children.items():
                     known = family.get(labels)
                     pairs = zip(known or values, values, strict=True)
-                    family[labels] = values if known is None else [add(a, b) for a, b in pairs]
+                    family[labels] = values if known is None else [join(a, b) for a, b in pairs]
         return found
 
     def lasting(self, snapshot: Snapshot) -> Snapshot:
@@ -201,10 +204,6 @@ class Collection:
             for name, children in snapshot.items()
             if not self._families[name].is_gauge
         }
-
-
-def _sum(a: float, b: float) -> float:
-    return a + b
 
 
 def to_json(snapshot: Snapshot) -> list[Any]:

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives import hashes
 
 from xkiproxy import __version__
 from xkiproxy.config import Config, ConfigError, Problem, load_config
-from xkiproxy.config.models import AuditSettings, KeystoreSettings
+from xkiproxy.config.models import AuditSettings, KeystoreSettings, SyslogSettings
 from xkiproxy.config.secrets import SecretError
 from xkiproxy.crypto.operations import OperationError
 from xkiproxy.keystores.authorization import Authorizer
@@ -33,14 +33,14 @@ from xkiproxy.keystores.signing_keys import CachedSigningKeys
 from xkiproxy.keystores.sqlite_catalog import SqliteCatalog
 from xkiproxy.kmi.base import KeyManagerError, KmiState
 from xkiproxy.kmi.registry import open_key_manager, open_kmi
-from xkiproxy.observability.audit import AuditError, AuditOptions, Sink
+from xkiproxy.observability.audit import AuditError, AuditOptions, Sink, SinkState
 from xkiproxy.observability.metrics import Metrics
 from xkiproxy.protocols.registry import PROTOCOLS
 from xkiproxy.server.condition import Condition
 from xkiproxy.server.gateway import Tenant
 from xkiproxy.server.networks import Networks
 from xkiproxy.server.reload import Change, History, describe, fixed_differences
-from xkiproxy.server.tls import TlsError, load_certificate, server_context
+from xkiproxy.server.tls import TlsError, load_certificate, server_context, syslog_context
 
 _log = logging.getLogger(__name__)
 _Part = TypeVar("_Part")
@@ -87,8 +87,12 @@ class Runtime:
         self._quota_table = QuotaTable(tables.quotas if tables else None)
         self._load = load or (lambda: load_config(config.path))
         self._revision = 0
+        self._sinks: dict[str, SinkState] = {}
         opening = _Opening(config)
         self.audit_options = opening.open("audit.hmac_key", lambda: _audit_options(config.audit))
+        for i, sink in enumerate(config.audit.sink):
+            if isinstance(sink, SyslogSettings) and sink.tls is not None:
+                opening.open(f"audit.sink[{i}].tls", partial(syslog_context, sink.tls))
         self.catalog = opening.open("catalog.path", lambda: SqliteCatalog(config.catalog.path))
         self.kmis = {
             kmi.name: opening.open(f"kmi[{i}]", partial(open_kmi, kmi, self.metrics))
@@ -190,7 +194,7 @@ class Runtime:
         """Housekeeping, until cancelled; `purges`: keys whose time has come are destroyed here."""
         work = [
             _every(_REFRESH_SECONDS, self._refresh),
-            _every(_AUDIT_SECONDS, lambda: self._check_audit(audit)),
+            _every(_AUDIT_SECONDS, partial(self._check_audit, audit)),
             _every(_CHECK_SECONDS, self.check_kmis),
             _every(_LAST_USE_SECONDS, lambda: asyncio.to_thread(self._write_last_use)),
         ]
@@ -213,12 +217,27 @@ class Runtime:
             kmi.refresh(changed)
 
     async def _check_audit(self, audit: Sink) -> None:
+        self.check_audit(audit)
+
+    def check_audit(self, audit: Sink) -> None:
+        """See after the audit log, and show how it is with its sinks."""
         try:
             audit.check()
         except AuditError as error:
             self.condition.fail("audit", str(error))
         else:
             self.condition.recover("audit")
+        for state in audit.states():
+            self._note_sink(state)
+
+    def _note_sink(self, state: SinkState) -> None:
+        before = self._sinks.get(state.name)
+        self._sinks[state.name] = state
+        self.metrics.audit_sink_up.labels(state.name).set(state.is_up)
+        if not state.is_up and (before is None or before.is_up):
+            _log.error("the audit sink %s takes no records: %s", state.name, state.error)
+        elif state.is_up and before is not None and not before.is_up:
+            _log.warning("the audit sink %s takes records again", state.name)
 
     def _write_last_use(self) -> None:
         try:
@@ -250,6 +269,13 @@ class Runtime:
             "ready": not self.problems(),
             "problems": self.problems(),
             "reload": self.history.status(),
+            "audit": {
+                "required": self.config.audit.required,
+                "sinks": [
+                    {"name": state.name, "up": state.is_up, "error": state.error}
+                    for state in self._sinks.values()
+                ],
+            },
             "keystores": [_store_status(tenant) for tenant in self.tenants],
             "kmis": [
                 {

@@ -19,12 +19,13 @@ import uvloop
 
 from xkiproxy import __version__
 from xkiproxy.config import Config, ConfigError, Problem
-from xkiproxy.observability.audit import AuditError, AuditLog, encode
+from xkiproxy.observability.audit import AuditError, Sink, encode
 from xkiproxy.server.admin import OneProcess, admin_listener
 from xkiproxy.server.gateway import Gateway
 from xkiproxy.server.listener import Listener
 from xkiproxy.server.reload import Change, texts
 from xkiproxy.server.runtime import Runtime, Tables
+from xkiproxy.server.sinks import open_audit
 from xkiproxy.server.supervisor import supervise
 
 _log = logging.getLogger(__name__)
@@ -73,9 +74,7 @@ async def _serve_alone(config: Config, stop: asyncio.Event) -> None:
 class PublicSide:
     """The public listener and what it serves, exchanged as one."""
 
-    def __init__(
-        self, runtime: Runtime, audit: AuditLog, gateway: Gateway, listener: Listener
-    ) -> None:
+    def __init__(self, runtime: Runtime, audit: Sink, gateway: Gateway, listener: Listener) -> None:
         self.listener = listener
         self._runtime = runtime
         self._audit = audit
@@ -129,12 +128,13 @@ async def running_parts(
     config: Config,
     tables: Tables | None = None,
     load: Callable[[], Config] | None = None,
-) -> AsyncIterator[tuple[Runtime, AuditLog]]:
+) -> AsyncIterator[tuple[Runtime, Sink]]:
     """The parts that serve requests, started; raises ConfigError or AuditError. See `Runtime`."""
     runtime = Runtime(config, tables, load)
     try:
-        audit = AuditLog(config.audit.path, runtime.audit_options)
+        audit = await open_audit(config.audit, runtime.audit_options)
         try:
+            runtime.check_audit(audit)
             await runtime.start()
             yield runtime, audit
         finally:
@@ -145,7 +145,7 @@ async def running_parts(
 
 @asynccontextmanager
 async def public_side(
-    runtime: Runtime, audit: AuditLog, *, shares_port: bool = False, purges: bool = True
+    runtime: Runtime, audit: Sink, *, shares_port: bool = False, purges: bool = True
 ) -> AsyncIterator[PublicSide]:
     """Serve requests, with the housekeeping that they need; drained in the end. Raises OSError."""
     settings = runtime.config.server

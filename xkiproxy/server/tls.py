@@ -14,8 +14,8 @@ from typing import Any
 
 from cryptography import x509
 
-from xkiproxy.config.models import TlsSettings
-from xkiproxy.config.secrets import SecretError
+from xkiproxy.config.models import SyslogTlsSettings, TlsSettings
+from xkiproxy.config.secrets import SecretError, SecretSource
 
 SUITES_1_2 = ("ECDHE-ECDSA-AES256-GCM-SHA384", "ECDHE-RSA-AES256-GCM-SHA384")
 SUITES_1_3 = ("TLS_AES_256_GCM_SHA384", "TLS_CHACHA20_POLY1305_SHA256")
@@ -33,7 +33,7 @@ def server_context(settings: TlsSettings) -> ssl.SSLContext:
     context.options |= ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION
     context.options |= ssl.OP_CIPHER_SERVER_PREFERENCE
     context.set_alpn_protocols(["http/1.1"])
-    _load_certificate(context, settings)
+    _load_certificate(context, settings.certificate, settings.private_key)
     if settings.client_ca is not None:
         context.verify_mode = ssl.CERT_REQUIRED
         try:
@@ -41,6 +41,18 @@ def server_context(settings: TlsSettings) -> ssl.SSLContext:
         except (OSError, ssl.SSLError) as error:
             raise TlsError(f"{settings.client_ca}: {_reason(error)}") from None
     context.sslobject_class = _checked_object(frozenset(settings.client_names))
+    return context
+
+
+def syslog_context(settings: SyslogTlsSettings) -> ssl.SSLContext:
+    """The context of a connection to a syslog server; raises TlsError or SecretError."""
+    try:
+        context = ssl.create_default_context(cafile=settings.ca)
+    except (OSError, ssl.SSLError) as error:
+        raise TlsError(f"{settings.ca}: {_reason(error)}") from None
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if settings.certificate is not None and settings.private_key is not None:
+        _load_certificate(context, settings.certificate, settings.private_key)
     return context
 
 
@@ -54,15 +66,15 @@ def load_certificate(path: Path) -> x509.Certificate:
         raise TlsError(f"{path}: there is no certificate in PEM in it") from None
 
 
-def _load_certificate(context: ssl.SSLContext, settings: TlsSettings) -> None:
-    load_certificate(settings.certificate)
-    key = settings.private_key.path()
+def _load_certificate(context: ssl.SSLContext, certificate: Path, source: SecretSource) -> None:
+    load_certificate(certificate)
+    key = source.path()
     try:
         # A key with a passphrase must fail here, not ask for it on the terminal.
-        context.load_cert_chain(settings.certificate, key, password=_no_passphrase)
+        context.load_cert_chain(certificate, key, password=_no_passphrase)
     except ssl.SSLError as error:
         if "MISMATCH" in (error.reason or ""):
-            raise TlsError(f"{key}: is not the key of {settings.certificate}") from None
+            raise TlsError(f"{key}: is not the key of {certificate}") from None
         raise TlsError(f"{key}: {_reason(error)}") from None
     except OSError as error:
         raise TlsError(f"{key}: {error.strerror}") from None
