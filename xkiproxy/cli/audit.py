@@ -27,7 +27,7 @@ from xkiproxy.cli.common import (
     print_table,
 )
 from xkiproxy.config import Config, load_config
-from xkiproxy.observability.chain import Link
+from xkiproxy.observability.chain import FILE, Link
 from xkiproxy.observability.logfiles import log_files
 from xkiproxy.observability.verify import ChainReport, read_lines, sort_files, verify_chain
 
@@ -50,7 +50,8 @@ _COLUMNS = (
 
 @app.command(
     epilog="Examples: xkiproxy audit verify; with what was noted before: xkiproxy audit verify"
-    " --expect 41234:9f86d0…; files of an archive: xkiproxy audit verify archive/audit*.jsonl"
+    " --expect 41234:9f86d0…; files of an archive: xkiproxy audit verify archive/audit*.jsonl; of a"
+    " syslog server: xkiproxy audit verify --sink syslog /var/log/xkiproxy/audit.jsonl"
 )
 def verify(
     files: FilesArgument = None,
@@ -60,6 +61,10 @@ def verify(
             metavar="SEQ:HASH", help="A record that must be there: what a verify printed earlier."
         ),
     ] = None,
+    sink: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="The audit sink that has stored the files."),
+    ] = FILE,
     config: ConfigOption = DEFAULT_CONFIG,
     json: JsonOption = False,
 ) -> None:
@@ -67,12 +72,18 @@ def verify(
 
     It prints the last record's number and hash. Note them elsewhere: that the last records are
     still there, no log can prove by itself.
+
+    What a syslog server or a collector of standard output has stored is verified with --sink and
+    the name of that sink: records may be there twice, and those that it was not given, as the log
+    says, are no problem but a note.
     """
+    if sink != FILE and not files:
+        raise typer.BadParameter("name the files that it has stored", param_hint="--sink")
     expected = set(map(_parse_expected, expect or []))
     settings = load_config(config) if not files or config.exists() else None
     key = settings and settings.audit.hmac_key and settings.audit.hmac_key.read_key()
     began = time.monotonic()
-    reports = _verify(_find(files, settings), key or None, expected)
+    reports = _verify(_find(files, settings), key or None, expected, sink)
     seconds = time.monotonic() - began
     if json:
         print_json(_document(reports, expected, seconds))
@@ -150,12 +161,12 @@ def _find(files: list[Path] | None, settings: Config | None) -> dict[str, list[P
 
 
 def _verify(
-    chains: dict[str, list[Path]], key: bytes | None, expected: set[Link]
+    chains: dict[str, list[Path]], key: bytes | None, expected: set[Link], sink: str
 ) -> list[ChainReport]:
     progress = _Progress()
     try:
         return [
-            verify_chain(name, files, key, progress.show, expected)
+            verify_chain(name, files, key, progress.show, expected, sink)
             for name, files in chains.items()
         ]
     except OSError as error:

@@ -266,7 +266,7 @@ class SyslogTlsSettings(Section):
 class SinkSettings(Section):
     """What every place has that takes audit records beside the file."""
 
-    buffer_bytes: Annotated[int, Field(ge=64 << 10, le=256 << 20)] = 1 << 20
+    buffer_bytes: Annotated[int, Field(ge=64 << 10, le=64 << 20)] = 1 << 20
     stall_timeout_seconds: Seconds = 10
 
 

@@ -3,6 +3,9 @@
 Where a line does not follow from the one before it, the lines around say why: a record whose
 successor has another hash for it was changed; a number that comes twice was inserted; one that
 comes early and is missing later was moved; one that never comes was removed.
+
+What another sink than the file has stored is verified in the same way, with two differences: the
+same record may come again (a connection that broke), and it may begin anywhere.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from xkiproxy.observability.chain import CLOSED, RECOVERED, START, Line, Link, read_line
+from xkiproxy.observability.chain import CLOSED, FILE, RECOVERED, START, Line, Link, read_line
 from xkiproxy.observability.logfiles import (
     closed_seq,
     hmac_file,
@@ -31,6 +34,9 @@ _MAX_LINE = 64 << 20
 _MAX_PROBLEMS = 1000
 _LOOK_BACK = 64
 """Lines that may stand between a whole record and the record of a recovery."""
+
+_COPIES = 1 << 18
+"""Records back from which one may be sent again: more than the largest buffer of a sink holds."""
 
 _WAIT_SECONDS = 0.1
 _REPORT_LINES = 1 << 16
@@ -139,8 +145,12 @@ class ChainReport:
 class ChainVerifier:
     """Takes the lines of a chain's files one after the other."""
 
-    def __init__(self, report: ChainReport) -> None:
+    def __init__(self, report: ChainReport, sink: str = FILE) -> None:
+        """`sink`: whose records they are."""
         self.report = report
+        self._sink = sink
+        self._told: list[tuple[int, int]] = []
+        """Records that the sink was not given, as the chain says."""
         self._state = _State()
         self._early: _Early | None = None
         self._moved: dict[int, tuple[str, Place]] = {}
@@ -157,7 +167,7 @@ class ChainVerifier:
     def take(self, raw: bytes, place: Place) -> Line | None:
         """Take a line with its line feed; what it is as a record."""
         line = read_line(raw[:-1]) if raw.endswith(b"\n") else None
-        if line is not None and line.event == RECOVERED:
+        if line is not None and line.event == RECOVERED and self._sink == FILE:
             self._forgive(line, place)
         report, state = self.report, self._state
         self._history.append((raw, state, len(report.problems), report.records))
@@ -165,6 +175,9 @@ class ChainVerifier:
             self._state = state._replace(broken=(*state.broken[:_LOOK_BACK], place))
             return None
         report.records += 1
+        told = line.missing(self._sink)
+        if told is not None:
+            self._told.append(told)
         if self._early is None and not state.broken and state.is_followed_by(line):
             self._go_on(line, place)
         else:
@@ -193,7 +206,7 @@ class ChainVerifier:
                 self._add_second(place, seq)
         for gap in self._gaps:
             if gap.late <= gap.last - gap.first:
-                self.report.add(gap.place, "removed", _missing(gap))
+                self._add_missing(gap)
         self.report.last = last
 
     def _go_on(self, line: Line, place: Place, *, is_wrong: bool = False) -> None:
@@ -232,7 +245,7 @@ class ChainVerifier:
         self.report.first_seq = line.seq
         if line.seq == 1 and line.prev != START.hash:
             self.report.add(place, "changed", "record 1 hangs on another before it")
-        elif line.seq > 1 and "previous" not in line.fields:
+        elif line.seq > 1 and "previous" not in line.fields and self._sink == FILE:
             text = f"what was before record {line.seq} is missing: it does not begin a file"
             self.report.add(place, "removed", text)
         elif line.seq > 1:
@@ -326,6 +339,13 @@ class ChainVerifier:
     def _add_second(self, place: Place, seq: int) -> None:
         self.report.add(place, "inserted", _second(seq))
 
+    def _add_missing(self, gap: _Gap) -> None:
+        if any(first <= gap.first and gap.last <= last for first, last in self._told):
+            text = f"{gap.place}: {_missing(gap)}: as the log says, {self._sink} was not given them"
+            self.report.notes.append(text)
+        else:
+            self.report.add(gap.place, "removed", _missing(gap))
+
     def _forgive(self, line: Line, place: Place) -> None:
         """Unfinished bytes that a record of their recovery tells of are no problem."""
         size, region = line.fields.get("bytes"), b""
@@ -365,19 +385,23 @@ def verify_chain(
     hmac_key: bytes | None,
     watch: Watcher | None = None,
     expected: set[Link] | None = None,
+    sink: str = FILE,
 ) -> ChainReport:
     """Verify the files of one chain, in their order; raises OSError.
 
-    A record of `expected` that is there is taken out of it.
+    A record of `expected` that is there is taken out of it. `sink`: what has stored the files.
     """
     report = ChainReport(name, files)
-    verifier = ChainVerifier(report)
+    verifier = ChainVerifier(report, sink)
+    copies = None if sink == FILE else _Copies()
     read_bytes = 0
     for file in files:
         mac = None if hmac_key is None else new_hmac(hmac_key)
         verifier.begin_file()
         line: Line | None = None
         for number, raw in enumerate(read_lines(file), 1):
+            if copies is not None and copies.has(raw):
+                continue
             line = verifier.take(raw, Place(file, number))
             read_bytes += len(raw)
             if expected and line is not None:
@@ -387,11 +411,36 @@ def verify_chain(
             if watch is not None and not number % _REPORT_LINES:
                 watch(file, read_bytes, report.records)
         verifier.end_file()
-        _check_hmac(report, file, line, "" if mac is None else mac.hexdigest())
+        if sink == FILE:
+            _check_hmac(report, file, line, "" if mac is None else mac.hexdigest())
     verifier.end()
+    if copies is not None and copies.count:
+        report.notes.append(f"{copies.count} records came again, unchanged")
     order = {file: index for index, file in enumerate(files)}
     report.problems.sort(key=lambda problem: (order[problem.place.file], problem.place.line))
     return report
+
+
+class _Copies:
+    """Which lines came before, of the last ones."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._known: dict[int, bytes] = {}
+
+    def has(self, raw: bytes) -> bool:
+        """Whether a line is a record that was there already, octet by octet; it is noted."""
+        line = read_line(raw[:-1])
+        if line is None:
+            return False
+        digest = sha256(raw).digest()
+        if self._known.get(line.seq) == digest:
+            self.count += 1
+            return True
+        self._known.setdefault(line.seq, digest)
+        if len(self._known) > _COPIES:
+            del self._known[next(iter(self._known))]
+        return False
 
 
 def _check_hmac(report: ChainReport, file: Path, last: Line | None, digest: str) -> None:
