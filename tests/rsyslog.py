@@ -42,7 +42,8 @@ class Rsyslog:
                 f' defaultNetstreamDriverCertFile="{certificates}/server.crt"'
                 f' defaultNetstreamDriverKeyFile="{certificates}/server.key"'
             )
-            mode = 'streamDriver.name="ossl" streamDriver.mode="1" streamDriver.authMode="x509/certvalid"'
+            mode = 'streamDriver.name="ossl" streamDriver.mode="1"'
+            mode += ' streamDriver.authMode="x509/certvalid"'
         self._config = folder / "rsyslog.conf"
         self._config.write_text(
             _CONFIG.format(folder=folder, port=self.port, tls_files=files, tls_mode=mode)

@@ -24,6 +24,8 @@ need_file libnss3 /usr/lib/*/libsoftokn3.so
 need gcc gcc
 need_file libc6-dev /usr/include/stdio.h
 need valgrind valgrind
+[ -x /usr/sbin/rsyslogd ] || need rsyslogd rsyslog
+need_file rsyslog-openssl /usr/lib/*/rsyslog/lmnsd_ossl.so
 
 [ -n "$missing" ] || exit 0
 sudo=""

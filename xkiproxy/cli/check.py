@@ -41,12 +41,16 @@ def _problems(path: Path) -> list[Problem]:
 
 
 async def _open_all(settings: Config) -> None:
-    from xkiproxy.server.runtime import Runtime  # noqa: PLC0415 - only this command pays for it
+    # Only this command pays for these imports.
+    from xkiproxy.server.runtime import Runtime  # noqa: PLC0415
+    from xkiproxy.server.sinks import unreachable  # noqa: PLC0415
 
     runtime = Runtime(settings)
     try:
         await runtime.start()
         problems = [Problem("kmi", text) for text in runtime.problems()]
+        for i, why in await unreachable(settings.audit):
+            problems.append(Problem(f"audit.sink[{i}]", why))
     finally:
         await runtime.close()
     if problems:

@@ -36,6 +36,18 @@ async def open_audit(settings: AuditSettings, options: AuditOptions) -> Sink:
     return fanout
 
 
+async def unreachable(settings: AuditSettings) -> list[tuple[int, str]]:
+    """The syslog servers that cannot be reached now: the index of each, and why."""
+    found = []
+    for i, sink in enumerate(settings.sink):
+        if isinstance(sink, SyslogSettings):
+            try:
+                (await _server(sink).connect()).close()
+            except (OSError, AuditError) as error:
+                found.append((i, str(error)))
+    return found
+
+
 def _outlet(settings: SyslogSettings | StdoutSettings, chain_name: str) -> Outlet:
     made = partial(
         Outlet,
