@@ -25,6 +25,7 @@ need gcc gcc
 need_file libc6-dev /usr/include/stdio.h
 need valgrind valgrind
 [ -x /usr/sbin/rsyslogd ] || need rsyslogd rsyslog
+[ -x /usr/sbin/haproxy ] || need haproxy haproxy
 need_file rsyslog-openssl /usr/lib/*/rsyslog/lmnsd_ossl.so
 
 [ -n "$missing" ] || exit 0

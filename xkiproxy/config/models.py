@@ -70,6 +70,13 @@ class TlsSettings(Section):
         return self
 
 
+class ProxyProtocolSettings(Section):
+    """Load balancers that pass the client's address on in a PROXY header."""
+
+    trusted: Annotated[tuple[Network, ...], Field(min_length=1)]
+    timeout_seconds: Seconds = 5
+
+
 class ServerSettings(Section):
     """Listeners and the limits of a connection."""
 
@@ -78,6 +85,7 @@ class ServerSettings(Section):
     workers: Annotated[int, Field(ge=1, le=64)] = 1
     tls: TlsSettings | None = None
     plaintext: bool = False
+    proxy_protocol: ProxyProtocolSettings | None = None
     # Of each worker. A thousand clients that all wait for an answer wait some 60 ms; and libuv,
     # which takes 1,024 events at a time, gives nothing else its turn while there are so many.
     max_connections: Annotated[int, Field(ge=1, le=1000)] = 1000

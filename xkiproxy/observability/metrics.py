@@ -45,6 +45,10 @@ class Metrics:
         self.shed = counter(
             "xkiproxy_shed", "Requests refused to protect the rest.", "keystore", "reason"
         )
+        self.proxy_protocol_refused = counter(
+            "xkiproxy_proxy_protocol_refused", "Connections closed for want of a PROXY header.",
+            "reason",
+        )  # fmt: skip
         self.kmi_state = gauge(
             "xkiproxy_kmi_state", "1 for the state that a KMI is in, 0 for the others.",
             "kmi", "state", merge=max,

@@ -146,7 +146,8 @@ class Connection(BaseProtocol):
         "_source", "expires", "state",
     )  # fmt: skip
 
-    def __init__(self, shared: Shared) -> None:
+    def __init__(self, shared: Shared, source: str = "") -> None:
+        """`source`: the client's address, where the connection's own is that of a balancer."""
         # The parser pauses a stream at twice its limit, which no body that we take reaches.
         parser = HttpRequestParser(
             self,
@@ -166,7 +167,7 @@ class Connection(BaseProtocol):
         self._request: Request | None = None
         self._head: RawRequestMessage | None = None
         self._body: StreamReader = EMPTY_PAYLOAD
-        self._source = ""
+        self._source = source
         self._is_full = False
         """The parser has stopped, and may hold what has been read already."""
         self._is_last = False
@@ -180,8 +181,8 @@ class Connection(BaseProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        peer = transport.get_extra_info("peername")
-        self._source = str(peer[0]) if peer else ""
+        if not self._source and (peer := transport.get_extra_info("peername")):
+            self._source = str(peer[0])
         if len(self._shared.connections) >= self._shared.max_connections:
             self._shared.gateway.count_refused_connection()
             self.abort()

@@ -265,6 +265,10 @@ class Gateway:
         """A connection over the limit was closed."""
         self._metrics.shed.labels("", "connections").inc()
 
+    def count_unproxied_connection(self, reason: str) -> None:
+        """A connection without a PROXY header from a trusted balancer was closed."""
+        self._metrics.proxy_protocol_refused.labels(reason).inc()
+
     def answer_not_http(self) -> Answer:
         """The answer to bytes that are no HTTP request."""
         protocol = next(iter(self._tenants.values())).protocol

@@ -12,6 +12,7 @@ from typing import Any
 from xkiproxy.config.models import ServerSettings, split_address
 from xkiproxy.server.connection import Connection, Shared
 from xkiproxy.server.gateway import Gateway
+from xkiproxy.server.proxied import ProxiedServer
 
 _log = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ class Listener:
         self._context = context
         self._shared: Shared | None = None
         self._socket: socket.socket | None = None
-        self._server: asyncio.Server | None = None
+        self._server: asyncio.Server | ProxiedServer | None = None
         self._watch: asyncio.Task[None] | None = None
         self.address: tuple[str, int] = ("", 0)
 
@@ -65,17 +66,26 @@ class Listener:
         self._server.close()
         self._server = server
 
-    async def _accept(self, shared: Shared) -> asyncio.Server:
-        timeouts: dict[str, Any] = {}
+    async def _accept(self, shared: Shared) -> asyncio.Server | ProxiedServer:
+        tls: dict[str, Any] = {"ssl": self._context}
         if self._context is not None:
-            timeouts["ssl_handshake_timeout"] = self._settings.handshake_timeout_seconds
+            tls["ssl_handshake_timeout"] = self._settings.handshake_timeout_seconds
         assert self._socket is not None  # noqa: S101 - open() comes first
-        return await shared.loop.create_server(
-            lambda: Connection(shared),
-            sock=self._socket.dup(),
-            ssl=self._context,
-            backlog=_BACKLOG,
-            **timeouts,
+        sock = self._socket.dup()
+        behind = self._settings.proxy_protocol
+        if behind is None:
+            return await shared.loop.create_server(
+                lambda: Connection(shared), sock=sock, backlog=_BACKLOG, **tls
+            )
+        sock.setblocking(False)
+        sock.listen(_BACKLOG)
+        return ProxiedServer(
+            sock,
+            behind,
+            lambda source: Connection(shared, source),
+            self._gateway.count_unproxied_connection,
+            self._settings.max_connections,
+            **tls,
         )
 
     async def drain(self) -> None:
