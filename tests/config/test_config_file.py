@@ -243,7 +243,12 @@ class TestCredentials:
         assert "0123456789abcdef" not in repr(first)
 
     def test_an_empty_list_lets_nobody_in(self) -> None:
-        assert parse_credentials("", "f") == []
+        assert parse_credentials("credential = []", "f") == []
+
+    @pytest.mark.parametrize("text", ["", "# what was here has gone\n"])
+    def test_a_file_that_was_cut_short_is_none(self, text: str) -> None:
+        with pytest.raises(CredentialError, match=r"there is no .*, write credential = "):
+            parse_credentials(text, "f")
 
     @pytest.mark.parametrize(
         ("old", "new", "what"),

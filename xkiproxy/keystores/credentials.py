@@ -35,16 +35,20 @@ def load_credentials(source: SecretSource) -> list[Credential]:
 def parse_credentials(text: str, where: str) -> list[Credential]:
     """Parse the text of a credentials file; raises CredentialError.
 
-    An empty list is allowed: every request is then refused.
+    An empty list is allowed, where it is written: every request is then refused. A file without
+    one was cut short rather than meant.
     """
     try:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         # The message of the parser names a line and column, never the text that stands there.
         raise CredentialError(f"{where}: not valid TOML: {error}") from None
-    tables = document.pop("credential", [])
+    tables = document.pop("credential", None)
     if document:
         raise CredentialError(f"{where}: only [[credential]] may stand here")
+    if tables is None:
+        none = "to refuse every request, write credential = []"
+        raise CredentialError(f"{where}: there is no [[credential]] in it; {none}")
     if not isinstance(tables, list):
         raise CredentialError(f"{where}: credential must be an array, written [[credential]]")
     credentials = [_credential(item, f"{where}: credential[{i}]") for i, item in enumerate(tables)]

@@ -75,7 +75,8 @@ def _load_certificate(context: ssl.SSLContext, certificate: Path, source: Secret
     except ssl.SSLError as error:
         if "MISMATCH" in (error.reason or ""):
             raise TlsError(f"{key}: is not the key of {certificate}") from None
-        raise TlsError(f"{key}: {_reason(error)}") from None
+        what = error.reason or f"is no private key in PEM (or {certificate} is damaged)"
+        raise TlsError(f"{key}: {what}") from None
     except OSError as error:
         raise TlsError(f"{key}: {error.strerror}") from None
 
