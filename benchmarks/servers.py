@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import os
 import re
+import secrets
 import socket
 import subprocess
 import sys
@@ -43,6 +44,12 @@ _HOST = "127.0.0.1"
 _TICKS = os.sysconf("SC_CLK_TCK")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _ROOT = Path(__file__).parents[1]
+_POLICIES = """
+permit(principal, action, resource);
+forbid(principal, action == Action::"decrypt", resource)
+when { context has source_vpc && context.source_vpc == "vpc-other" };
+"""
+
 _PIN = "123456"
 _TITLE = re.compile(r"xkiproxy: ([a-z]+ \d+)")
 _MODULES = (
@@ -207,7 +214,8 @@ class ProxyServer(ChildServer):
 
     Both key stores, `/demo` (XKI) and `/demo-xks` (XKS), use one key of one KMI: `software`, or
     `pkcs11`, which is SoftHSM behind so many `lanes`. `changes` are merged into the configuration,
-    such as {"server": {"idle_timeout_seconds": 5}}.
+    such as {"server": {"idle_timeout_seconds": 5}}. `guarded`: with policies, quotas, source
+    networks and an HMAC of audit logs, which all let the load pass.
     """
 
     name = "proxy"
@@ -219,12 +227,14 @@ class ProxyServer(ChildServer):
         tls: bool = True,
         workers: int = 1,
         lanes: int = 2,
+        guarded: bool = False,
         changes: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         super().__init__(tls=tls)
         self._kmi = kmi
         self._workers = workers
         self._lanes = lanes
+        self._guarded = guarded
         self._changes = changes or {}
         self.credentials: dict[str, Credential] = {}
 
@@ -325,12 +335,27 @@ class ProxyServer(ChildServer):
             "credentials": f"credentials/{file.name}",
         }
         settings["keystore"].append({**first, **second})
+        if self._guarded:
+            self._guard(settings)
         for section, values in self._changes.items():
             settings.setdefault(section, {}).update(values)
         self.config.write_text(tomli_w.dumps(settings))
         for protocol in ("xki", "xks"):
             path = self.credentials_file(protocol)
             self.credentials[protocol] = parse_credentials(path.read_text(), str(path))[0]
+
+    def _guard(self, settings: dict[str, Any]) -> None:
+        policies = self.site / "policies"
+        policies.mkdir()
+        (policies / "all.cedar").write_text(_POLICIES)
+        write_secret_file(self.site / "audit.key", secrets.token_hex(32))
+        settings["audit"] = {"hmac_key": "audit.key"}
+        for store in settings["keystore"]:
+            store["policies"] = policies.name
+            store["source_networks"] = ["127.0.0.0/8", "::1/128"]
+            store["quota"] = {
+                what: {"rate": 100_000, "burst": 100_000} for what in ("all", "key", "principal")
+            }
 
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + _START_SECONDS

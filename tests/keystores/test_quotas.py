@@ -93,16 +93,17 @@ def test_a_table_that_is_full_still_serves(clock: Clock, monkeypatch: pytest.Mon
     monkeypatch.setattr(quotas, "_PLACES", 16)
     of = Quotas("demo", {"principal": Quota(1, 1)}, QuotaTable())
     assert sum(admitted(of, 1, "k", str(number)) for number in range(1000)) == 1000
-    assert len(of._marks) == 1000
+    assert len(of._buckets) == 1000
     clock.now += 10  # buckets that are full again need no place
     assert admitted(of, 3, "k", "new") == 1
+    assert admitted(of, 3, "k", "0") == 1  # its place has long been another's
 
 
 def test_what_is_remembered_does_not_grow(clock: Clock) -> None:
     of = Quotas("demo", {"principal": Quota(1, 1)}, QuotaTable())
     for number in range(10_000):
         admitted(of, 1, "k", str(number))
-    assert len(of._marks) <= 8192
+    assert len(of._buckets) <= 4096
 
 
 _OTHER_PROCESS = """

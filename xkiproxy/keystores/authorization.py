@@ -8,13 +8,11 @@ all verdicts are forgotten.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from operator import attrgetter
 from time import time
 from typing import Any
 
 from xkiproxy.crypto.algorithms import Algorithm
-from xkiproxy.crypto.caller import Caller
 from xkiproxy.crypto.operations import (
     Decrypt,
     Describe,
@@ -38,30 +36,24 @@ ACTIONS: dict[type[Operation], str] = {
 
 _MAX_VERDICTS = 8192
 
-_SAID: dict[str, str] = {
-    "instance": "instance",
-    "kms_operation": "operation",
-    "kms_key_arn": "key_arn",
-    "source_vpc": "source_vpc",
-    "source_vpc_endpoint": "source_vpc_endpoint",
-    "source_ip": "source_ip",
-    "via_service": "via_service",
+_SAID = {
+    "instance": "caller.instance",
+    "kms_operation": "caller.operation",
+    "kms_key_arn": "caller.key_arn",
+    "source_vpc": "caller.source_vpc",
+    "source_vpc_endpoint": "caller.source_vpc_endpoint",
+    "source_ip": "caller.source_ip",
+    "via_service": "caller.via_service",
 }
-"""Attributes of the context that the cloud says, with their names in a `Caller`."""
+"""Attributes of the context that the cloud says, with their places in a `Trail`."""
 
-_KNOWN: dict[str, Callable[[Trail, Operation], Any]] = {
-    "access_key_id": lambda trail, _: trail.access_key_id,
-    "source": lambda trail, _: trail.source,
-    "time": lambda _, __: int(time()),  # so that what depends on it is asked once a second
-    "mode": lambda _, operation: _mode(operation),
-    "client_iv": lambda _, operation: isinstance(operation, Encrypt) and operation.iv is not None,
-}
-"""Attributes that the proxy knows itself."""
+_TRAIL = {**_SAID, "access_key_id": "access_key_id", "source": "source"}
+_OF_CRYPTO = frozenset({"mode", "client_iv"})
 
-_OF_CRYPTO = {"mode", "client_iv"}
-
-SAID_ATTRIBUTES, KNOWN_ATTRIBUTES = frozenset(_SAID), frozenset(_KNOWN)
-"""The context of the schema: what the cloud may say, and what the proxy knows."""
+SAID_ATTRIBUTES = frozenset(_SAID)
+"""What of the schema's context the cloud may say."""
+KNOWN_ATTRIBUTES = frozenset({"access_key_id", "source", "time", *_OF_CRYPTO})
+"""What of it the proxy knows itself."""
 
 
 class Authorizer:
@@ -70,9 +62,10 @@ class Authorizer:
     def __init__(self, keystore: str, policies: Policies) -> None:
         self.policies = policies
         self._keystore = keystore
-        said = [name for attribute, name in _SAID.items() if attribute in policies.needs]
-        self._said: Callable[[Caller], Any] | None = attrgetter(*said) if said else None
-        self._known = [ask for name, ask in _KNOWN.items() if name in policies.needs]
+        needed = [name for attribute, name in _TRAIL.items() if attribute in policies.needs]
+        self._who = attrgetter("caller.principal", "key_id", "kmi", *needed)
+        self._asks_crypto = not policies.needs.isdisjoint(_OF_CRYPTO)
+        self._asks_time = "time" in policies.needs
         self._verdicts: dict[tuple[Any, ...], str | None] = {}
         self._revision = 0
 
@@ -85,15 +78,18 @@ class Authorizer:
             OperationError: ACCESS_DENIED; its details name the `policy` that decided.
         """
         verdicts = self._verdicts
-        if revision != self._revision or len(verdicts) > _MAX_VERDICTS:
+        if revision != self._revision:
             verdicts.clear()
             self._revision = revision
-        caller = trail.caller
-        said = self._said(caller) if self._said else None
-        known = tuple([ask(trail, operation) for ask in self._known]) if self._known else None
-        question = (type(operation), caller.principal, trail.key_id, trail.kmi, said, known)
+        kind = type(operation)
+        how = None
+        if self._asks_crypto and (kind is Encrypt or kind is Decrypt):
+            how = operation.algorithm, operation.iv is None  # type: ignore[union-attr]
+        question = kind, self._who(trail), how, int(time()) if self._asks_time else 0
         denial = verdicts.get(question, "")
         if denial == "":
+            if len(verdicts) >= _MAX_VERDICTS:
+                verdicts.clear()
             verdict = self.policies.evaluate(self._request(operation, entry, trail))
             denial = verdicts[question] = None if verdict.allowed else verdict.reason
         if denial is not None:
@@ -116,17 +112,15 @@ class Authorizer:
 
 def _context(operation: Operation, trail: Trail) -> dict[str, Any]:
     """The context of the schema; what the cloud has not said is absent."""
-    said = {name: getattr(trail.caller, attribute) for name, attribute in _SAID.items()}
-    is_crypto = isinstance(operation, Encrypt | Decrypt)
-    known = {
-        name: ask(trail, operation)
-        for name, ask in _KNOWN.items()
-        if is_crypto or name not in _OF_CRYPTO
-    }
-    return {**{name: value for name, value in said.items() if value}, **known}
+    said = {name: attrgetter(place)(trail) for name, place in _SAID.items()}
+    context: dict[str, Any] = {name: value for name, value in said.items() if value}
+    context.update(access_key_id=trail.access_key_id, source=trail.source, time=int(time()))
+    if isinstance(operation, Encrypt | Decrypt):
+        context["mode"] = _mode(operation.algorithm)
+        context["client_iv"] = isinstance(operation, Encrypt) and operation.iv is not None
+    return context
 
 
-def _mode(operation: Operation) -> str:
+def _mode(algorithm: Algorithm | None) -> str:
     """GCM, CBC or ECB; where none is named the default is GCM for every key."""
-    algorithm = operation.algorithm if isinstance(operation, Encrypt | Decrypt) else None
     return (algorithm or Algorithm.AES_GCM).value.rpartition("_")[2]

@@ -21,7 +21,7 @@ _KEY_SIZE = 16
 _PLACES = 1 << 16
 _PROBES = 8
 _TABLE_SIZE = _KEY_SIZE + 16 * _PLACES
-_MAX_MARKS = 8192
+_MAX_REMEMBERED = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +52,14 @@ class QuotaTable:
 
     def __init__(self, descriptor: int | None = None) -> None:
         """The table of several processes, or one of this process's own."""
-        if descriptor is None:
-            memory = mmap.mmap(-1, _TABLE_SIZE)
-            memory[:_KEY_SIZE] = os.urandom(_KEY_SIZE)
-        else:
-            memory = mmap.mmap(descriptor, _TABLE_SIZE)
+        self.marks: list[int] | memoryview[int] = [0] * _PLACES
+        self.times: list[float] | memoryview[float] = [0.0] * _PLACES
+        self._key = os.urandom(_KEY_SIZE)
+        if descriptor is not None:
+            self._share(descriptor)
+
+    def _share(self, descriptor: int) -> None:
+        memory = mmap.mmap(descriptor, _TABLE_SIZE)
         self._key = memory[:_KEY_SIZE]
         view = memoryview(memory)
         half = _KEY_SIZE + 8 * _PLACES
@@ -89,17 +92,21 @@ class QuotaTable:
         return place
 
 
+_Bucket = tuple[str, int, int, float, float, float]
+"""What a bucket is for, its mark and its place; in seconds, what a request takes, what a burst
+takes, and that and a little more: sums of a thousand periods are off by less.
+"""
+
+
 class Quotas:
     """The quotas of a key store."""
 
     def __init__(self, keystore: str, quotas: dict[str, Quota], table: QuotaTable) -> None:
         """`quotas` has them by what they are for: `all`, `key`, `principal`."""
         self._keystore = keystore
+        self._quotas = quotas
         self._table = table
-        self._all = quotas.get("all")
-        self._key = quotas.get("key")
-        self._principal = quotas.get("principal")
-        self._marks: dict[tuple[str, str], int] = {}
+        self._buckets: dict[tuple[str, str], list[_Bucket]] = {}
 
     def take(self, key_id: str, principal: str) -> None:
         """Count a request; one that is refused by any quota counts for none.
@@ -109,32 +116,39 @@ class Quotas:
                 up, after which it would be admitted (`retry_after`).
         """
         now = monotonic()
-        first = self._admit(self._all, "all", "", now) if self._all else None
-        second = self._admit(self._key, "key", key_id, now) if self._key and key_id else None
-        third = (
-            self._admit(self._principal, "principal", principal, now) if self._principal else None
-        )
-        times = self._table.times
-        for admitted in (first, second, third):
-            if admitted is not None:
-                place, full = admitted
-                times[place] = full
+        marks, times = self._table.marks, self._table.times
+        buckets = self._buckets.get((key_id, principal))
+        if buckets is None:
+            buckets = self._find(key_id, principal, now)
+        taken: list[tuple[int, float]] = []
+        for kind, mark, last_place, period, depth, limit in buckets:
+            place = last_place
+            if marks[place] != mark:  # others needed it
+                place = self._table.place(mark, now)
+                self._buckets.pop((key_id, principal), None)
+            full = times[place]
+            full = (full if full > now else now) + period
+            if full - now > limit:
+                wait = math.ceil(full - now - depth)
+                details: dict[str, str | int] = {"quota": kind, "retry_after": wait}
+                raise OperationError(Fault.THROTTLED, f"Over the quota ({kind}).", details=details)
+            taken.append((place, full))
+        for place, full in taken:
+            times[place] = full
 
-    def _admit(self, quota: Quota, kind: str, name: str, now: float) -> tuple[int, float]:
-        """Where the bucket is and when it will be full with this request; raises OperationError."""
-        place = self._table.place(self._mark(kind, name), now)
-        full = max(self._table.times[place], now) + 1 / quota.rate
-        wait = full - now - quota.burst / quota.rate
-        # Sums of a thousand periods are off by a little; a period is what it is about.
-        if wait > 1e-3 / quota.rate:
-            details: dict[str, str | int] = {"quota": kind, "retry_after": math.ceil(wait)}
-            raise OperationError(Fault.THROTTLED, f"Over the quota ({kind}).", details=details)
-        return place, full
-
-    def _mark(self, kind: str, name: str) -> int:
-        mark = self._marks.get((kind, name))
-        if mark is None:
-            if len(self._marks) >= _MAX_MARKS:
-                self._marks.clear()
-            mark = self._marks[kind, name] = self._table.mark(self._keystore, kind, name)
-        return mark
+    def _find(self, key_id: str, principal: str, now: float) -> list[_Bucket]:
+        """The buckets that a request is counted in; one for no key has none of a key."""
+        names = {"all": "", "key": key_id, "principal": principal}
+        buckets: list[_Bucket] = []
+        for kind, name in names.items():
+            quota = self._quotas.get(kind)
+            if quota is not None and (name or kind != "key"):
+                mark = self._table.mark(self._keystore, kind, name)
+                place = self._table.place(mark, now)
+                period, depth = 1 / quota.rate, quota.burst / quota.rate
+                limit = depth + 1e-3 * period
+                buckets.append((kind, mark, place, period, depth, limit))
+        if len(self._buckets) >= _MAX_REMEMBERED:
+            self._buckets.clear()
+        self._buckets[key_id, principal] = buckets
+        return buckets
