@@ -308,10 +308,10 @@ async def stall(pace: Pace) -> Outcome:
     outcome = Outcome()
     longest, without = [], []
     with ProxyServer(tls=False) as proxy:
-        for _ in range(max(1, pace.rounds - 2)):
+        for number in range(max(1, pace.rounds - 2)):
             control = await _probe_under_load(proxy, pace, outcome)
             stop = asyncio.Event()
-            changes = asyncio.create_task(_change_keys(proxy, stop))
+            changes = asyncio.create_task(_change_keys(proxy, f"round-{number}", stop))
             times = await _probe_under_load(proxy, pace, outcome)
             stop.set()
             await changes
@@ -351,12 +351,13 @@ async def _probe(port: int, path: str, seconds: float) -> list[float]:
     return times
 
 
-async def _change_keys(proxy: ProxyServer, stop: asyncio.Event) -> None:
+async def _change_keys(proxy: ProxyServer, name: str, stop: asyncio.Event) -> None:
     """Keys made, disabled, enabled and rotated, and reloads, one after the other."""
     number = 0
     while not stop.is_set():
         number += 1
-        for words in (["keys", "create", f"key-{number}"], ["keys", "disable", f"key-{number}"],
+        key = f"{name}-{number}"
+        for words in (["keys", "create", key], ["keys", "disable", key],
                       ["keys", "rotate", KEY_ID], ["reload"]):  # fmt: skip
             command = [sys.executable, "-m", "xkiproxy", *words, "--config", str(proxy.config)]
             process = await asyncio.create_subprocess_exec(

@@ -12,16 +12,24 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from benchmarks.load.results import LoadError
 from benchmarks.scenarios import SCENARIOS, Outcome, Pace
 
 
 async def run_suite(names: Sequence[str], pace: Pace) -> dict[str, Any]:
-    """Run scenarios and return everything as JSON has it; progress goes to standard error."""
+    """Run scenarios and return everything as JSON has it; progress goes to standard error.
+
+    One that cannot be finished is a failure, and the others are run all the same.
+    """
     done: dict[str, Any] = {}
     for position, name in enumerate(names, 1):
         print(f"{position}/{len(names)} {name}", file=sys.stderr, flush=True)
         began = time.monotonic()
-        outcome: Outcome = await SCENARIOS[name](pace)
+        try:
+            outcome = await SCENARIOS[name](pace)
+        except LoadError as error:
+            print(f"  {name} failed: {error}", file=sys.stderr, flush=True)
+            outcome = Outcome(failures={f"not finished: {error}": 1})
         done[name] = {
             "figures": [figure.to_json() for figure in outcome.figures],
             "curves": outcome.curves,

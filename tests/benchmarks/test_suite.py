@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks import suite
-from benchmarks.load.results import LoadResult
+from benchmarks.load.results import LoadError, LoadResult
 from benchmarks.scenarios import SCENARIOS, Figure, Outcome, Pace
 
 
@@ -85,6 +85,21 @@ def test_plots(tmp_path: Path) -> None:
     assert [file.name for file in drawn] == ["throughput.png", "latency.png"]
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in drawn)
     assert suite.plot(results(), tmp_path) == []
+
+
+def test_a_scenario_that_cannot_be_finished_takes_nothing_from_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def works(_: Pace) -> Outcome:
+        return Outcome([Figure("good", [1.0])])
+
+    async def fails(_: Pace) -> Outcome:
+        raise LoadError("the server has gone")
+
+    monkeypatch.setattr(suite, "SCENARIOS", {"a": fails, "b": works})
+    found = asyncio.run(suite.run_suite(["a", "b"], Pace(0.1, 1, 1)))
+    assert suite.failures(found) == {"a": {"not finished: the server has gone": 1}}
+    assert "good" in suite.table(found)
 
 
 def test_a_short_run(tmp_path: Path) -> None:
