@@ -240,12 +240,19 @@ class KeystoreSettings(Section):
     credentials: SecretSource
     ciphertext_format: CiphertextFormat = CiphertextFormat.ENVELOPE
     deadline_ms: Annotated[int, Field(ge=1, le=60_000)] = 250
+    hedge_after_ms: Annotated[int, Field(ge=1, le=60_000)] | None = None
     disable_output_form_plain: bool = False
     policies: ConfigPath | None = None
     quota: QuotaSettings = QuotaSettings()
     source_networks: Annotated[
         tuple[Annotated[Network, BeforeValidator(_network)], ...] | None, AfterValidator(_not_empty)
     ] = None
+
+    @model_validator(mode="after")
+    def _hedge_to_another(self) -> Self:
+        if self.hedge_after_ms is not None and len(self.kmi) < 2:
+            raise ValueError("hedge_after_ms needs a second KMI to ask")
+        return self
 
 
 class CatalogSettings(Section):

@@ -33,6 +33,7 @@ from xkiproxy.crypto.operations import (
 from xkiproxy.crypto.wrapping import wrap
 from xkiproxy.keystores.authorization import Authorizer
 from xkiproxy.keystores.catalog import Catalog, CatalogEntry, CatalogError
+from xkiproxy.keystores.failover import Failover, Holder, Served
 from xkiproxy.keystores.quotas import Quotas
 from xkiproxy.keystores.replay import Replay
 from xkiproxy.keystores.signing_keys import CachedSigningKeys
@@ -75,8 +76,12 @@ class KeyStore:
         deadline: float,
         authorizer: Authorizer | None = None,
         quotas: Quotas | None = None,
+        failover: Failover | None = None,
     ) -> None:
-        """`deadline` is in seconds from a request's arrival; without `authorizer` all may ask."""
+        """`deadline` is in seconds from a request's arrival; without `authorizer` all may ask.
+
+        Without `failover` the first KMI that is there is asked, and no other.
+        """
         self.name = name
         self.kmis = kmis
         self.signing_keys = signing_keys
@@ -84,6 +89,7 @@ class KeyStore:
         self.deadline = deadline
         self.authorizer = authorizer
         self._quotas = quotas
+        self._failover = failover
         self._catalog = catalog
         self._wrapping = 0
 
@@ -96,28 +102,58 @@ class KeyStore:
             key_id = "" if isinstance(operation, Random) else operation.key_id
             self._quotas.take(key_id, trail.caller.principal)
         if isinstance(operation, Random):
-            trail.kmi = self.kmis[0].name
-            if self.authorizer is not None:
-                self.authorizer.check(operation, None, self._catalog.revision, trail)
-            drawn = await self.kmis[0].submit(operation, deadline)
-            assert isinstance(drawn, RandomBytes)  # noqa: S101 - the KMI's contract
-            return await self._give_out(operation, drawn)
+            return await self._draw(operation, deadline, trail)
         trail.key_id = operation.key_id
         kmi, entry = self._find(operation.key_id)
         trail.kmi = kmi.name
         if self.authorizer is not None:
             self.authorizer.check(operation, entry, self._catalog.revision, trail)
+        if not isinstance(operation, Describe):
+            _check_state(entry)
+            _check_usage(operation, entry)
+        if self._failover is None:
+            result = await kmi.submit(operation, deadline)
+        else:
+            result, kmi = await self._submit_to_any(operation, deadline, trail)
         if isinstance(operation, Describe):
-            return _described(await kmi.submit(operation, deadline), entry)
-        _check_state(entry)
-        _check_usage(operation, entry)
-        result = await kmi.submit(operation, deadline)
+            return _described(result, entry)
         if isinstance(result, Encrypted | Decrypted):
             trail.version = result.version
         if isinstance(operation, Encrypt) and operation.integrity:
             assert isinstance(result, Encrypted)  # noqa: S101 - the KMI's contract
             return await _proven(operation, result, kmi, deadline)
         return result
+
+    async def _draw(self, operation: Random, deadline: float, trail: Trail) -> Result:
+        trail.kmi = self.kmis[0].name
+        if self.authorizer is not None:
+            self.authorizer.check(operation, None, self._catalog.revision, trail)
+        if self._failover is None:
+            drawn = await self.kmis[0].submit(operation, deadline)
+        else:
+            drawn, _ = await self._submit_to_any(operation, deadline, trail)
+        assert isinstance(drawn, RandomBytes)  # noqa: S101 - the KMI's contract
+        return await self._give_out(operation, drawn)
+
+    async def _submit_to_any(self, operation: Operation, deadline: float, trail: Trail) -> Served:
+        """Let the first KMI execute it that can; each is asked only if it may be."""
+        assert self._failover is not None  # noqa: S101 - the caller has looked
+
+        def enter(holder: Holder) -> None:
+            kmi, entry = holder
+            trail.kmi = kmi.name
+            if self.authorizer is not None:
+                self.authorizer.check(operation, entry, self._catalog.revision, trail)
+            if entry is not None and isinstance(operation, Encrypt | Decrypt):
+                _check_usage(operation, entry)
+
+        return await self._failover.submit(self._holders(operation), operation, deadline, enter)
+
+    def _holders(self, operation: Operation) -> list[Holder]:
+        if isinstance(operation, Random):
+            return [Holder(kmi, None) for kmi in self.kmis]
+        found = [(kmi, self._catalog.get(kmi.name, operation.key_id)) for kmi in self.kmis]
+        return [Holder(kmi, entry) for kmi, entry in found if entry is not None]
 
     @property
     def is_full(self) -> bool:

@@ -22,6 +22,7 @@ from typing import Protocol
 
 from xkiproxy.crypto.operations import Fault, Operation, OperationError, Result
 from xkiproxy.kmi.base import BreakReason, InlineLane, KmiState, Lane, LaneError, Launcher
+from xkiproxy.kmi.standing import Standing
 from xkiproxy.observability.metrics import Metrics
 from xkiproxy.observability.series import Count, Distribution
 
@@ -49,6 +50,8 @@ class Kmi(Protocol):
     """When `check` last ran, on the clock of `time.monotonic`."""
     error: str
     """Why the state is not `connected`."""
+    standing: Standing
+    """For key stores that have another KMI to ask."""
 
     @property
     def is_full(self) -> bool:
@@ -129,6 +132,7 @@ class InlineKmi:
         self.state = KmiState.DISCONNECTED
         self.checked = float("-inf")
         self.error = "not checked yet"
+        self.standing = Standing()
         self.is_full = False
         self._lane = lane
         self._metrics = metrics
@@ -214,6 +218,7 @@ class QueuedKmi:
         self.state = KmiState.DISCONNECTED
         self.checked = float("-inf")
         self.error = "its lanes are starting"
+        self.standing = Standing()
         self._launcher = launcher
         self._metrics = metrics
         self._queue: deque[_Item] = deque()

@@ -78,6 +78,10 @@ class Metrics:
             "xkiproxy_kmi_failovers", "Requests served by a KMI further down the list.",
             "keystore", "from", "to",
         )  # fmt: skip
+        self.kmi_hedges = counter(
+            "xkiproxy_kmi_hedges", "Requests that a second KMI was asked too; whether it won.",
+            "keystore", "outcome",
+        )  # fmt: skip
         self.certificate_expiry = gauge(
             "xkiproxy_tls_certificate_expiry_timestamp_seconds", "When the certificate expires.",
             "listener", merge=max,
@@ -98,3 +102,19 @@ class Metrics:
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
         self.registry.register(self.collection)
+
+
+class FailoverMetrics:
+    """The metrics of a key store's failover."""
+
+    def __init__(self, metrics: Metrics, keystore: str) -> None:
+        self._metrics = metrics
+        self._keystore = keystore
+
+    def failed_over(self, preferred: str, served: str) -> None:
+        """Count a request that another KMI than the preferred one has served."""
+        self._metrics.kmi_failovers.labels(self._keystore, preferred, served).inc()
+
+    def hedged(self, outcome: str) -> None:
+        """Count a request that a second KMI was asked too."""
+        self._metrics.kmi_hedges.labels(self._keystore, outcome).inc()

@@ -22,6 +22,7 @@ from xkiproxy.crypto.operations import OperationError
 from xkiproxy.keystores.authorization import Authorizer
 from xkiproxy.keystores.catalog import CatalogError
 from xkiproxy.keystores.credentials import CredentialError, load_credentials
+from xkiproxy.keystores.failover import Failover
 from xkiproxy.keystores.keystore import KeyStore
 from xkiproxy.keystores.last_use import LastUse, last_use_path
 from xkiproxy.keystores.lifecycle import due_entries, purge_due
@@ -34,7 +35,7 @@ from xkiproxy.keystores.sqlite_catalog import SqliteCatalog
 from xkiproxy.kmi.base import KeyManagerError, KmiState
 from xkiproxy.kmi.registry import open_key_manager, open_kmi
 from xkiproxy.observability.audit import AuditError, AuditOptions, Sink, SinkState
-from xkiproxy.observability.metrics import Metrics
+from xkiproxy.observability.metrics import FailoverMetrics, Metrics
 from xkiproxy.protocols.registry import PROTOCOLS
 from xkiproxy.server.condition import Condition
 from xkiproxy.server.gateway import Tenant
@@ -146,6 +147,7 @@ class Runtime:
             deadline=settings.deadline_ms / 1000,
             authorizer=_authorizer(settings),
             quotas=self._quotas(settings),
+            failover=self._failover(settings),
         )
         protocol, networks = PROTOCOLS[settings.protocol](settings), settings.source_networks
         return Tenant(
@@ -172,6 +174,13 @@ class Runtime:
             if rate is not None
         }
         return Quotas(settings.name, found, self._quota_table) if found else None
+
+    def _failover(self, settings: KeystoreSettings) -> Failover | None:
+        if len(settings.kmi) == 1:
+            return None
+        after = settings.hedge_after_ms
+        counts = FailoverMetrics(self.metrics, settings.name)
+        return Failover(counts, None if after is None else after / 1000)
 
     async def close(self) -> None:
         """Close what was opened."""

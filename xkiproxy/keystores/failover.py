@@ -1,0 +1,160 @@
+"""From one KMI to the next: what happens when the KMI that is preferred does not answer.
+
+A KMI that is away refuses at once; one that has stalled says nothing. So an attempt may take half
+of the time that is left, unless it is the last, and the next KMI gets the other half. What has
+failed is left alone for a pause that grows with each failure; then one request, and only one, tries
+it. Encrypt and decrypt may be done twice: nothing is changed by them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Collection, Sequence
+from typing import NamedTuple, Protocol
+
+from xkiproxy.crypto.operations import Fault, Operation, OperationError, Result
+from xkiproxy.keystores.catalog import CatalogEntry
+from xkiproxy.kmi.base import KmiState
+from xkiproxy.kmi.dispatcher import Kmi
+
+_DISCONNECTED = KmiState.DISCONNECTED
+
+_FAIR_SECONDS = 0.02
+"""An attempt that had less time says nothing of the KMI."""
+
+_ELSEWHERE = frozenset({Fault.UNAVAILABLE, Fault.DEADLINE_EXCEEDED, Fault.THROTTLED})
+"""What another KMI may do better; everything else would be the same there."""
+
+
+class Holder(NamedTuple):
+    """A KMI that has a key, and what the catalog says of it; None for what needs no key."""
+
+    kmi: Kmi
+    entry: CatalogEntry | None
+
+
+class Served(NamedTuple):
+    """A result, and the KMI that it is of."""
+
+    result: Result
+    kmi: Kmi
+
+
+Enter = Callable[[Holder], None]
+"""Checks that an operation is allowed there, and notes the KMI; raises OperationError."""
+
+
+class Counts(Protocol):
+    """Who counts what happens here."""
+
+    def failed_over(self, preferred: str, served: str) -> None:
+        """A request was served by a KMI further down the list."""
+
+    def hedged(self, outcome: str) -> None:
+        """A second KMI was asked too: `won` if its answer came first, else `lost`."""
+
+
+class Failover:
+    """Asks the KMIs of a key store one after the other."""
+
+    def __init__(self, counts: Counts, hedge_after: float | None = None) -> None:
+        """`hedge_after`: the second KMI is asked too when the first has been silent for so long.
+
+        It is in seconds; None: never.
+        """
+        self._counts = counts
+        self._hedge_after = hedge_after
+
+    async def submit(
+        self, holders: Sequence[Holder], operation: Operation, deadline: float, enter: Enter
+    ) -> Served:
+        """The result of the first KMI that gives one; those that are away are asked last.
+
+        `holders` in order of preference; `deadline` on the clock of `time.monotonic`.
+
+        Raises:
+            OperationError: what the last of them said, or what would be the same at each.
+        """
+        left = _by_standing(holders, time.monotonic())
+        while True:
+            holder = left.pop(0)
+            began = time.monotonic()
+            limit = began + (deadline - began) / 2 if left else deadline
+            try:
+                if self._hedge_after is not None and left:
+                    served = await self._hedge(holder, left.pop(0), operation, deadline, enter)
+                else:
+                    enter(holder)
+                    served = Served(await holder.kmi.submit(operation, limit), holder.kmi)
+            except OperationError as error:
+                if error.fault not in _ELSEWHERE:
+                    raise
+                _note_failure(holder.kmi, error.fault, limit - began)
+                if not left or time.monotonic() >= deadline:
+                    raise
+            else:
+                served.kmi.standing.succeed()
+                if served.kmi is not holders[0].kmi:
+                    self._counts.failed_over(holders[0].kmi.name, served.kmi.name)
+                return served
+
+    async def _hedge(
+        self, one: Holder, other: Holder, operation: Operation, deadline: float, enter: Enter
+    ) -> Served:
+        """Ask the second when the first is slow, or fails; the first result counts."""
+        enter(one)
+        first: asyncio.Future[Result] = asyncio.ensure_future(one.kmi.submit(operation, deadline))
+        asked = {first: one}
+        try:
+            await asyncio.wait(asked, timeout=self._hedge_after)
+            if not first.done() or _failed(first):
+                if first.done():  # to be slow once is no failure
+                    _note_failure(one.kmi, Fault.UNAVAILABLE, 0.0)
+                enter(other)
+                asked[asyncio.ensure_future(other.kmi.submit(operation, deadline))] = other
+            task = await _first_good(asked)
+            if len(asked) > 1:
+                self._counts.hedged("lost" if task is first else "won")
+            enter(asked[task])  # so that the trail names the one whose answer it is
+            return Served(task.result(), asked[task].kmi)
+        finally:
+            for task in asked:
+                task.cancel()
+
+
+async def _first_good(asked: Collection[asyncio.Future[Result]]) -> asyncio.Future[Result]:
+    """The first of them that another could not do better, or the last that is left."""
+    pending = set(asked)
+    while True:
+        done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+        last = min(done, key=_failed)
+        if not pending or not _failed(last):
+            return last
+
+
+def _failed(task: asyncio.Future[Result]) -> bool:
+    """Whether another KMI may do better."""
+    error = task.exception()
+    return isinstance(error, OperationError) and error.fault in _ELSEWHERE
+
+
+def _by_standing(holders: Sequence[Holder], now: float) -> list[Holder]:
+    """The order to ask them in: the first that is worth it, then the others, those away last."""
+    order = sorted(holders, key=_is_away)
+    for holder in holders:
+        if holder.kmi.state is not _DISCONNECTED and holder.kmi.standing.may_try(now):
+            order.remove(holder)
+            return [holder, *order]
+    return order
+
+
+def _is_away(holder: Holder) -> bool:
+    return holder.kmi.state is _DISCONNECTED or not holder.kmi.standing.is_good
+
+
+def _note_failure(kmi: Kmi, fault: Fault, seconds: float) -> None:
+    if fault is Fault.UNAVAILABLE or (
+        fault is Fault.DEADLINE_EXCEEDED and seconds >= _FAIR_SECONDS
+    ):
+        kmi.standing.fail(time.monotonic())
