@@ -13,9 +13,8 @@ from xml.etree import ElementTree
 
 import pytest
 from hsm import make_hsm
+from pykmip import PyKmip
 from test_end_to_end import Installation
-
-from xkiproxy.config.secrets import write_secret_file
 
 AWS_STORE = """
 [[keystore]]
@@ -28,20 +27,27 @@ credentials = "credentials/aws.toml"
 
 
 class TwoClouds(Installation):
-    """One server, one KMI, an `xki` and an `xks` key store on it, and a key of every kind."""
+    """One server, one KMI, an `xki` and an `xks` key store on it, and a key of every kind.
 
-    def __init__(self, directory: Path, *init: str) -> None:
+    `kmi` takes the place of the KMI that `init` has made.
+    """
+
+    def __init__(self, directory: Path, *init: str, kmi: str = "") -> None:
         self._init = init
         super().__init__(directory)
         with self.config.open("a") as file:
-            file.write("deadline_ms = 5000\n" + AWS_STORE + "deadline_ms = 5000\n")
-        write_secret_file(directory / "credentials" / "aws.toml", "")
+            file.write("deadline_ms = 5000\n" + AWS_STORE + "deadline_ms = 5000\n" + kmi)
+        if kmi:
+            text = self.config.read_text()
+            self.config.write_text(text.replace('kmi = ["local"]', 'kmi = ["keymanager"]'))
+            self.run("keys", "create", "demo-key", "--kmi", "keymanager")
         for store in ("aws", "aws", "demo"):
             self.run("credentials", "add", "--keystore", store)
-        self.run("keys", "create", "encrypt-only", "--usage", "encrypt")
-        self.run("keys", "create", "decrypt-only", "--usage", "decrypt")
-        self.run("keys", "create", "disabled")
-        self.run("keys", "disable", "disabled")
+        at = ("--kmi", "keymanager" if kmi else "local")
+        self.run("keys", "create", "encrypt-only", "--usage", "encrypt", *at)
+        self.run("keys", "create", "decrypt-only", "--usage", "decrypt", *at)
+        self.run("keys", "create", "disabled", *at)
+        self.run("keys", "disable", "disabled", *at)
 
     def run(
         self, *arguments: str, status: int = 0, config: bool = True, stdin: str = ""
@@ -58,18 +64,28 @@ class TwoClouds(Installation):
         ).stdout  # fmt: skip
 
 
-@pytest.fixture(params=["software", "pkcs11"])
+@pytest.fixture
+def kmip(tmp_path: Path) -> Iterator[str]:
+    """The KMI of a PyKMIP server in the configuration's words."""
+    server = PyKmip(tmp_path / "kmip")
+    server.start()
+    yield server.toml("keymanager")
+    server.stop()
+
+
+@pytest.fixture(params=["software", "pkcs11", "kmip"])
 def server(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[TwoClouds]:
     init: tuple[str, ...] = ()
+    kmi = request.getfixturevalue("kmip") if request.param == "kmip" else ""
     if request.param == "pkcs11":
         hsm = make_hsm(tmp_path / "hsm", monkeypatch)
         init = (
             "--kmi", "pkcs11", "--module", str(hsm.module), "--token", "t1",
             "--pin-file", str(hsm.pin_file),
         )  # fmt: skip
-    made = TwoClouds(tmp_path / "site", *init)
+    made = TwoClouds(tmp_path / "site", *init, kmi=kmi)
     made.start()
     yield made
     process = made.process

@@ -20,9 +20,9 @@ from syslog_server import SyslogServer
 
 from xkiproxy.config.models import (
     AuditSettings,
+    ClientTlsSettings,
     StdoutSettings,
     SyslogSettings,
-    SyslogTlsSettings,
 )
 from xkiproxy.config.secrets import SecretSource
 from xkiproxy.observability.audit import AuditError, AuditLog, AuditOptions, Sink, encode
@@ -158,7 +158,7 @@ async def test_what_the_log_writes_of_itself_goes_there_too(
     assert report.last == verify_chain(name, files, None).last
 
 
-def tls_files(folder: Path) -> tuple[ssl.SSLContext, SyslogTlsSettings]:
+def tls_files(folder: Path) -> tuple[ssl.SSLContext, ClientTlsSettings]:
     """A server that wants certificates of its clients, and a client that has one."""
     ca = make_certificate(folder, "ca", common_name="CA", dns_names=())
     make_certificate(folder, "server", issuer=ca)
@@ -166,7 +166,7 @@ def tls_files(folder: Path) -> tuple[ssl.SSLContext, SyslogTlsSettings]:
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=folder / "ca.crt")
     context.load_cert_chain(folder / "server.crt", folder / "server.key")
     context.verify_mode = ssl.CERT_REQUIRED
-    return context, SyslogTlsSettings(
+    return context, ClientTlsSettings(
         ca=folder / "ca.crt",
         certificate=folder / "client.crt",
         private_key=SecretSource(file=folder / "client.key"),

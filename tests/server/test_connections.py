@@ -14,11 +14,12 @@ from harness import Proxy, make_certificate
 
 from xkiproxy.config.models import ServerSettings, TlsSettings
 from xkiproxy.config.secrets import SecretSource
+from xkiproxy.config.tls import TlsError
 from xkiproxy.protocols.base import Trouble
 from xkiproxy.protocols.xki import XkiProtocol
 from xkiproxy.protocols.xks import XksProtocol
 from xkiproxy.server.http import Request
-from xkiproxy.server.tls import TlsError, server_context
+from xkiproxy.server.tls import server_context
 
 TLS_1_2 = ssl.TLSVersion.TLSv1_2
 TLS_1_3 = ssl.TLSVersion.TLSv1_3

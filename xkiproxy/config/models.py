@@ -47,6 +47,10 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 Seconds = Annotated[float, Field(gt=0, le=3600)]
 
 
+def _as_addresses(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
 def split_address(address: str) -> tuple[str, int]:
     """("host", port) of "host:port"; the brackets of an IPv6 address are taken off."""
     host, _, port = address.rpartition(":")
@@ -112,6 +116,23 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+class ClientTlsSettings(Section):
+    """How a server that we connect to proves who it is, and the proxy to it."""
+
+    ca: ConfigPath | None = None
+    certificate: ConfigPath | None = None
+    private_key: SecretSource | None = None
+    server_name: str = ""
+
+    @model_validator(mode="after")
+    def _certificate_with_key(self) -> Self:
+        if (self.certificate is None) != (self.private_key is None):
+            raise ValueError("certificate and private_key belong together")
+        if self.private_key is not None and self.private_key.env is not None:
+            raise ValueError("private_key must come from a file or a credential")
+        return self
 
 
 class KmiSettings(Section):
@@ -187,9 +208,39 @@ class Pkcs11Settings(KmiSettings):
         return self.model_copy(update={"lanes": lanes})
 
 
+class KmipTlsSettings(ClientTlsSettings):
+    """A KMIP server knows its clients by their certificates."""
+
+    certificate: ConfigPath
+    private_key: SecretSource
+
+
+class KmipSettings(KmiSettings):
+    """Keys in a key manager that speaks KMIP."""
+
+    type: Literal["kmip"]
+    address: Annotated[
+        tuple[Address, ...], BeforeValidator(_as_addresses), Field(min_length=1, max_length=16)
+    ]
+    tls: KmipTlsSettings
+    lanes: Annotated[int, Field(ge=1, le=256)] = 4
+    max_batch: Annotated[int, Field(ge=1, le=1024)] = 64
+    connect_timeout_seconds: Seconds = 5
+    operation_timeout_ms: Annotated[int, Field(ge=10, le=60_000)] = 1000
+    iv: Literal["generator", "server"] = "generator"
+    random: Literal["server", "generator"] = "server"
+    version: Literal["1.4", "2.0", "2.1"] | None = None
+
+    def share(self, index: int, workers: int) -> Self:
+        """The lanes are divided: a server takes so many connections."""
+        lanes = self.lanes // workers + (index < self.lanes % workers)
+        return self.model_copy(update={"lanes": lanes})
+
+
 KMI_SETTINGS: dict[str, type[KmiSettings]] = {
     "software": SoftwareSettings,
     "pkcs11": Pkcs11Settings,
+    "kmip": KmipSettings,
 }
 """The section model of each KMI type."""
 
@@ -261,23 +312,6 @@ class CatalogSettings(Section):
     path: ConfigPath = Field(default="catalog.db", validate_default=True)
 
 
-class SyslogTlsSettings(Section):
-    """How a syslog server proves who it is, and the proxy to it."""
-
-    ca: ConfigPath | None = None
-    certificate: ConfigPath | None = None
-    private_key: SecretSource | None = None
-    server_name: str = ""
-
-    @model_validator(mode="after")
-    def _certificate_with_key(self) -> Self:
-        if (self.certificate is None) != (self.private_key is None):
-            raise ValueError("certificate and private_key belong together")
-        if self.private_key is not None and self.private_key.env is not None:
-            raise ValueError("private_key must come from a file or a credential")
-        return self
-
-
 class SinkSettings(Section):
     """What every place has that takes audit records beside the file."""
 
@@ -291,7 +325,7 @@ class SyslogSettings(SinkSettings):
     type: Literal["syslog"]
     name: Name = "syslog"
     address: Address
-    tls: SyslogTlsSettings | None = None
+    tls: ClientTlsSettings | None = None
     plaintext: bool = False
     facility: Facility = "local0"
     app_name: Annotated[str, Field(pattern=r"^[!-~]{1,48}$")] = "xkiproxy"

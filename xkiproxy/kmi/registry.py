@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from xkiproxy.config.models import KmiSettings, Pkcs11Settings, SoftwareSettings
-from xkiproxy.kmi.base import KeyManager, KeyManagerError
+from xkiproxy.config.models import KmipSettings, KmiSettings, Pkcs11Settings, SoftwareSettings
+from xkiproxy.kmi.base import KeyManager, KeyManagerError, Launcher
 from xkiproxy.kmi.dispatcher import InlineKmi, Kmi, KmiMetrics, QueuedKmi
+from xkiproxy.kmi.kmip import KmipKeyManager, KmipLauncher
 from xkiproxy.kmi.pkcs11 import Pkcs11KeyManager, Pkcs11Launcher
 from xkiproxy.kmi.software import SoftwareLane, open_keyring
 from xkiproxy.observability.metrics import Metrics
@@ -16,6 +17,8 @@ def open_key_manager(settings: KmiSettings) -> KeyManager:
         return open_keyring(settings)
     if isinstance(settings, Pkcs11Settings):
         return Pkcs11KeyManager(settings)
+    if isinstance(settings, KmipSettings):
+        return KmipKeyManager(settings)
     raise _unknown(settings)
 
 
@@ -32,16 +35,24 @@ def open_kmi(settings: KmiSettings, metrics: Metrics) -> Kmi:
         lane = SoftwareLane(open_keyring(settings))
         return InlineKmi(settings.name, settings.type, lane, bound)
     if isinstance(settings, Pkcs11Settings):
-        return QueuedKmi(
-            settings.name,
-            settings.type,
-            Pkcs11Launcher(settings, settings.pin.read()),
-            bound,
-            lanes=settings.lanes,
-            queue_size=settings.queue_size,
-            max_batch=settings.max_batch,
-        )
+        return _queued(settings, Pkcs11Launcher(settings, settings.pin.read()), bound)
+    if isinstance(settings, KmipSettings):
+        return _queued(settings, KmipLauncher(settings), bound)
     raise _unknown(settings)
+
+
+def _queued(
+    settings: Pkcs11Settings | KmipSettings, launcher: Launcher, metrics: KmiMetrics
+) -> QueuedKmi:
+    return QueuedKmi(
+        settings.name,
+        settings.type,
+        launcher,
+        metrics,
+        lanes=settings.lanes,
+        queue_size=settings.queue_size,
+        max_batch=settings.max_batch,
+    )
 
 
 def _unknown(settings: KmiSettings) -> KeyManagerError:

@@ -18,6 +18,7 @@ from xkiproxy import __version__
 from xkiproxy.config import Config, ConfigError, Problem, load_config
 from xkiproxy.config.models import AuditSettings, KeystoreSettings, SyslogSettings
 from xkiproxy.config.secrets import SecretError
+from xkiproxy.config.tls import TlsError, client_context, load_certificate
 from xkiproxy.crypto.operations import OperationError
 from xkiproxy.keystores.authorization import Authorizer
 from xkiproxy.keystores.catalog import CatalogError
@@ -41,7 +42,7 @@ from xkiproxy.server.condition import Condition
 from xkiproxy.server.gateway import Tenant
 from xkiproxy.server.networks import Networks
 from xkiproxy.server.reload import Change, History, describe, fixed_differences
-from xkiproxy.server.tls import TlsError, load_certificate, server_context, syslog_context
+from xkiproxy.server.tls import server_context
 
 _log = logging.getLogger(__name__)
 _Part = TypeVar("_Part")
@@ -93,7 +94,7 @@ class Runtime:
         self.audit_options = opening.open("audit.hmac_key", lambda: _audit_options(config.audit))
         for i, sink in enumerate(config.audit.sink):
             if isinstance(sink, SyslogSettings) and sink.tls is not None:
-                opening.open(f"audit.sink[{i}].tls", partial(syslog_context, sink.tls))
+                opening.open(f"audit.sink[{i}].tls", partial(client_context, sink.tls))
         self.catalog = opening.open("catalog.path", lambda: SqliteCatalog(config.catalog.path))
         self.kmis = {
             kmi.name: opening.open(f"kmi[{i}]", partial(open_kmi, kmi, self.metrics))

@@ -7,18 +7,18 @@ from functools import partial
 
 from xkiproxy.config.models import (
     AuditSettings,
+    ClientTlsSettings,
     StdoutSettings,
     SyslogSettings,
-    SyslogTlsSettings,
     split_address,
 )
 from xkiproxy.config.secrets import SecretError
+from xkiproxy.config.tls import TlsError, client_context
 from xkiproxy.observability.audit import AuditError, AuditLog, AuditOptions, Sink
 from xkiproxy.observability.fanout import Fanout
 from xkiproxy.observability.outlet import Outlet
 from xkiproxy.observability.stdout import connect_stdout, line_frame
 from xkiproxy.observability.syslog import SyslogServer, syslog_frame
-from xkiproxy.server.tls import TlsError, syslog_context
 
 
 async def open_audit(settings: AuditSettings, options: AuditOptions) -> Sink:
@@ -75,8 +75,8 @@ def _server(settings: SyslogSettings) -> SyslogServer:
     )
 
 
-def _context(tls: SyslogTlsSettings) -> ssl.SSLContext:
+def _context(tls: ClientTlsSettings) -> ssl.SSLContext:
     try:
-        return syslog_context(tls)
+        return client_context(tls)
     except (SecretError, TlsError) as error:
         raise AuditError(str(error)) from None

@@ -9,20 +9,13 @@ has a connection, and no byte of HTTP is read from it.
 from __future__ import annotations
 
 import ssl
-from pathlib import Path
 from typing import Any
 
-from cryptography import x509
-
-from xkiproxy.config.models import SyslogTlsSettings, TlsSettings
-from xkiproxy.config.secrets import SecretError, SecretSource
+from xkiproxy.config.models import TlsSettings
+from xkiproxy.config.tls import TlsError, tls_reason, use_certificate
 
 SUITES_1_2 = ("ECDHE-ECDSA-AES256-GCM-SHA384", "ECDHE-RSA-AES256-GCM-SHA384")
 SUITES_1_3 = ("TLS_AES_256_GCM_SHA384", "TLS_CHACHA20_POLY1305_SHA256")
-
-
-class TlsError(Exception):
-    """The certificate, key or CA cannot be used; the text names the file and what to do."""
 
 
 def server_context(settings: TlsSettings) -> ssl.SSLContext:
@@ -33,56 +26,15 @@ def server_context(settings: TlsSettings) -> ssl.SSLContext:
     context.options |= ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION
     context.options |= ssl.OP_CIPHER_SERVER_PREFERENCE
     context.set_alpn_protocols(["http/1.1"])
-    _load_certificate(context, settings.certificate, settings.private_key)
+    use_certificate(context, settings.certificate, settings.private_key)
     if settings.client_ca is not None:
         context.verify_mode = ssl.CERT_REQUIRED
         try:
             context.load_verify_locations(cafile=settings.client_ca)
         except (OSError, ssl.SSLError) as error:
-            raise TlsError(f"{settings.client_ca}: {_reason(error)}") from None
+            raise TlsError(f"{settings.client_ca}: {tls_reason(error)}") from None
     context.sslobject_class = _checked_object(frozenset(settings.client_names))
     return context
-
-
-def syslog_context(settings: SyslogTlsSettings) -> ssl.SSLContext:
-    """The context of a connection to a syslog server; raises TlsError or SecretError."""
-    try:
-        context = ssl.create_default_context(cafile=settings.ca)
-    except (OSError, ssl.SSLError) as error:
-        raise TlsError(f"{settings.ca}: {_reason(error)}") from None
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    if settings.certificate is not None and settings.private_key is not None:
-        _load_certificate(context, settings.certificate, settings.private_key)
-    return context
-
-
-def load_certificate(path: Path) -> x509.Certificate:
-    """The first certificate of a PEM file: the server's own. Raises TlsError."""
-    try:
-        return x509.load_pem_x509_certificate(path.read_bytes())
-    except OSError as error:
-        raise TlsError(f"{path}: {error.strerror}") from None
-    except ValueError:
-        raise TlsError(f"{path}: there is no certificate in PEM in it") from None
-
-
-def _load_certificate(context: ssl.SSLContext, certificate: Path, source: SecretSource) -> None:
-    load_certificate(certificate)
-    key = source.path()
-    try:
-        # A key with a passphrase must fail here, not ask for it on the terminal.
-        context.load_cert_chain(certificate, key, password=_no_passphrase)
-    except ssl.SSLError as error:
-        if "MISMATCH" in (error.reason or ""):
-            raise TlsError(f"{key}: is not the key of {certificate}") from None
-        what = error.reason or f"is no private key in PEM (or {certificate} is damaged)"
-        raise TlsError(f"{key}: {what}") from None
-    except OSError as error:
-        raise TlsError(f"{key}: {error.strerror}") from None
-
-
-def _no_passphrase() -> str:
-    raise SecretError("the private key is protected by a passphrase; store it without one")
 
 
 def _checked_object(names: frozenset[str]) -> type[ssl.SSLObject]:
@@ -107,7 +59,3 @@ def _subject_names(certificate: dict[str, Any]) -> set[str]:
         return names
     subject = certificate.get("subject", ())
     return {value for part in subject for kind, value in part if kind == "commonName"}
-
-
-def _reason(error: OSError) -> str:
-    return getattr(error, "reason", None) or error.strerror or "cannot be read"
