@@ -11,11 +11,12 @@ from pathlib import Path
 import aiohttp
 import pytest
 from pykmip import PyKmip
-from relay import Relay
 from test_end_to_end import wait_for
 from test_failover_server import TwoKmis
 from test_hsm_server import Load
 from test_workers import Workers
+
+from benchmarks.relay import Relay
 
 ROUNDS = 20
 CLIENTS = 3
@@ -129,3 +130,30 @@ async def back_on_the_first(proxy: TwoServers) -> None:
         return after[0] - before[0] >= 3 and after[1] == before[1]
 
     await asyncio.to_thread(wait_for, is_back, 10.0)
+
+
+def test_check_names_what_is_wrong_in_a_line(
+    servers: tuple[PyKmip, PyKmip], tmp_path: Path
+) -> None:
+    first, second = servers
+    first.start()
+    second.start()
+    proxy = TwoServers(tmp_path / "demo", first.toml("kmip-a") + second.toml("kmip-b"))
+    assert "no problems" in proxy.run("check").stdout
+    good = proxy.config.read_text()
+    wrong = {
+        f'{first.folder}/ca.crt"': (f'{second.folder}/ca.crt"', "its certificate is refused: "),
+        f'certificate = "{first.folder}/client.crt"\nprivate_key = {{ file = "{first.folder}': (
+            f'certificate = "{second.folder}/client.crt"\nprivate_key = {{ file = "{second.folder}',
+            "kmi kmip-a is disconnected: localhost",
+        ),
+        'random = "generator"': ('random = "server"', "the server lacks RNG_RETRIEVE"),
+    }
+    for old, (new, complaint) in wrong.items():
+        assert old in good
+        proxy.config.write_text(good.replace(old, new, 1))
+        said = proxy.run("check", status=1).stderr
+        lines = [line for line in said.splitlines() if line.startswith("  kmi: kmi kmip-a ")]
+        assert len(lines) == 1, said
+        assert complaint in lines[0]
+        assert "kmip-b" not in said

@@ -16,8 +16,8 @@ class Relay:
 
     def __init__(self, target: int) -> None:
         self.port = 0
-        self.delay = 0.0
-        """Seconds that bytes take in each direction."""
+        self.request_delay = 0.0
+        """Seconds that bytes take to the target."""
         self.connections = 0
         self._target = target
         self._flows = asyncio.Event()
@@ -94,8 +94,8 @@ class Relay:
         is_answer: bool = False,
     ) -> None:
         while data := await reader.read(_CHUNK):
-            if self.delay:
-                await asyncio.sleep(self.delay)
+            if self.request_delay and not is_answer:
+                await asyncio.sleep(self.request_delay)
             await self._flows.wait()
             if is_answer and self._cut_after is not None:
                 writer.write(data[: self._cut_after])
