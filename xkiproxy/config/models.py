@@ -237,10 +237,113 @@ class KmipSettings(KmiSettings):
         return self.model_copy(update={"lanes": lanes})
 
 
+_MOUNT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")
+
+
+def _mount(value: str) -> str:
+    value = value.strip("/")
+    if not _MOUNT.fullmatch(value) or len(value) > 256:
+        raise ValueError('write it as "transit" or "teams/a/transit"')
+    return value
+
+
+Mount = Annotated[str, AfterValidator(_mount)]
+
+
+def _namespace(value: str) -> str:
+    return _mount(value) if value.strip("/") else ""
+
+
+class AppRoleSettings(Section):
+    """A login by role ID and secret ID."""
+
+    role_id: Annotated[str, Field(min_length=1, max_length=4096)]
+    secret_id: SecretSource
+    mount: Mount = "approle"
+
+
+class CertificateLoginSettings(Section):
+    """A login by the client certificate of the KMI's `tls`."""
+
+    role: str = ""
+    mount: Mount = "cert"
+
+
+class KubernetesSettings(Section):
+    """A login by the token of a service account, which is read at every login."""
+
+    role: Annotated[str, Field(min_length=1)]
+    jwt: ConfigPath = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
+    mount: Mount = "kubernetes"
+
+
+class TransitAuthSettings(Section):
+    """How the proxy gets its token: exactly one of these."""
+
+    token: SecretSource | None = None
+    approle: AppRoleSettings | None = None
+    cert: CertificateLoginSettings | None = None
+    kubernetes: KubernetesSettings | None = None
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        if [self.token, self.approle, self.cert, self.kubernetes].count(None) != 3:
+            raise ValueError("give exactly one of token, approle, cert or kubernetes")
+        return self
+
+
+_ORIGIN = re.compile(r"(https?)://(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+)(?::([0-9]{1,5}))?")
+
+
+def _origin(value: str) -> str:
+    match = _ORIGIN.fullmatch(value.rstrip("/"))
+    if match is None or int(match[3] or 1) not in range(1, 65536):
+        raise ValueError('write it as "https://bao.example.com:8200"')
+    return value.rstrip("/")
+
+
+class TransitSettings(KmiSettings):
+    """Keys in the Transit secrets engine of OpenBao or HashiCorp Vault."""
+
+    type: Literal["transit"]
+    address: Annotated[str, AfterValidator(_origin)]
+    mount: Mount = "transit"
+    namespace: Annotated[str, AfterValidator(_namespace)] = ""
+    auth: TransitAuthSettings
+    tls: ClientTlsSettings = ClientTlsSettings()
+    plaintext: bool = False
+    lanes: Annotated[int, Field(ge=1, le=256)] = 4
+    # OpenBao takes 1,000 strings in a request; an operation has five.
+    max_batch: Annotated[int, Field(ge=1, le=128)] = 64
+    connections: Annotated[int, Field(ge=1, le=256)] = 16
+    start_timeout_seconds: Seconds = 15
+    operation_timeout_ms: Annotated[int, Field(ge=10, le=60_000)] = 1000
+    probe_key: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")] | None = None
+
+    @model_validator(mode="after")
+    def _tls_or_loopback(self) -> Self:
+        match = _ORIGIN.fullmatch(self.address)
+        if match is None or (match[1] == "http") != self.plaintext:
+            raise ValueError("plaintext = true goes with an address of http://, and only with it")
+        if self.plaintext and not _is_loopback(match[2].strip("[]")):
+            raise ValueError("plaintext = true is for loopback addresses only")
+        if self.plaintext and self.tls != ClientTlsSettings():
+            raise ValueError("plaintext = true and tls contradict each other")
+        if self.auth.cert is not None and self.tls.certificate is None:
+            raise ValueError("auth.cert needs tls.certificate and tls.private_key to log in with")
+        return self
+
+    def share(self, index: int, workers: int) -> Self:
+        """The lanes are divided, so that the server sees as many whatever `workers` is."""
+        lanes = self.lanes // workers + (index < self.lanes % workers)
+        return self.model_copy(update={"lanes": lanes})
+
+
 KMI_SETTINGS: dict[str, type[KmiSettings]] = {
     "software": SoftwareSettings,
     "pkcs11": Pkcs11Settings,
     "kmip": KmipSettings,
+    "transit": TransitSettings,
 }
 """The section model of each KMI type."""
 

@@ -255,7 +255,7 @@ async def encrypt_answer(probe: Probe) -> None:
 @CASES.add("encrypt.iv", "An IV that is given is used.", xki="S")
 async def given_iv(probe: Probe) -> None:
     iv = bytes.fromhex(uuid.uuid4().hex)[:12]
-    made = await probe.encrypt(TEXT, AAD, Iv=b64(iv))
+    made = await _encrypt_if_it_can(probe, TEXT, AAD, Iv=b64(iv))
     if decoded(made, "Iv") != iv:
         raise Unmet("the answer has another IV")
     if await probe.opened(made, AAD) != TEXT:
@@ -310,7 +310,7 @@ async def cbc(probe: Probe) -> None:
     for size, mode in ((1, None), (15, "PKCS7_PADDING"), (16, None), (32, "NO_PADDING")):
         text = bytes(n % 251 for n in range(size))
         more: dict[str, Any] = {"Algorithm": "AES_CBC"} | ({"PaddingMode": mode} if mode else {})
-        made = await probe.encrypt(text, **more)
+        made = await _encrypt_if_it_can(probe, text, **more)
         if len(decoded(made, "Iv")) != 16:
             raise Unmet(f"the IV has {len(decoded(made, 'Iv'))} bytes")
         if made.get("PaddingMode") != (mode or "PKCS7_PADDING"):
@@ -325,7 +325,7 @@ async def ecb(probe: Probe) -> None:
     for size, mode in ((1, None), (16, "PKCS7_PADDING"), (32, "NO_PADDING")):
         text = bytes(n % 251 for n in range(size))
         more: dict[str, Any] = {"Algorithm": "AES_ECB"} | ({"PaddingMode": mode} if mode else {})
-        made = await probe.encrypt(text, **more)
+        made = await _encrypt_if_it_can(probe, text, **more)
         if "Iv" in made:
             raise Unmet("the answer has an IV")
         if await probe.opened(made) != text:
@@ -444,6 +444,19 @@ async def _spec(probe: Probe) -> str:
         answer = probe.accept(await probe.call("meta", probe.subject.key))
         probe.remembered["spec"] = answer.text("KeySpec")
     return str(probe.remembered["spec"])
+
+
+async def _encrypt_if_it_can(
+    probe: Probe, text: bytes, aad: bytes | None = None, **more: str
+) -> Fields:
+    """What a successful encrypt answers; some key managers cannot do all that XKI has."""
+    fields = probe.wire.encrypt_fields(text, aad) | more
+    answer = await probe.call("encrypt", probe.subject.key, **fields)
+    if answer.status == 400:
+        code, message = probe.wire.code(answer)
+        if code == "InvalidOperation":
+            raise Skipped(f"the key manager cannot do it: {message}")
+    return probe.accept(answer).fields
 
 
 async def _require_aes(probe: Probe) -> None:

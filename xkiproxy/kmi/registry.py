@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from xkiproxy.config.models import KmipSettings, KmiSettings, Pkcs11Settings, SoftwareSettings
+from xkiproxy.config.models import (
+    KmipSettings,
+    KmiSettings,
+    Pkcs11Settings,
+    SoftwareSettings,
+    TransitSettings,
+)
 from xkiproxy.kmi.base import KeyManager, KeyManagerError, Launcher
 from xkiproxy.kmi.dispatcher import InlineKmi, Kmi, KmiMetrics, QueuedKmi
 from xkiproxy.kmi.kmip import KmipKeyManager, KmipLauncher
 from xkiproxy.kmi.pkcs11 import Pkcs11KeyManager, Pkcs11Launcher
 from xkiproxy.kmi.software import SoftwareLane, open_keyring
+from xkiproxy.kmi.transit import TransitKeyManager, TransitLauncher
 from xkiproxy.observability.metrics import Metrics
 
 
@@ -19,6 +26,8 @@ def open_key_manager(settings: KmiSettings) -> KeyManager:
         return Pkcs11KeyManager(settings)
     if isinstance(settings, KmipSettings):
         return KmipKeyManager(settings)
+    if isinstance(settings, TransitSettings):
+        return TransitKeyManager(settings)
     raise _unknown(settings)
 
 
@@ -38,11 +47,15 @@ def open_kmi(settings: KmiSettings, metrics: Metrics) -> Kmi:
         return _queued(settings, Pkcs11Launcher(settings, settings.pin.read()), bound)
     if isinstance(settings, KmipSettings):
         return _queued(settings, KmipLauncher(settings), bound)
+    if isinstance(settings, TransitSettings):
+        return _queued(settings, TransitLauncher(settings), bound)
     raise _unknown(settings)
 
 
 def _queued(
-    settings: Pkcs11Settings | KmipSettings, launcher: Launcher, metrics: KmiMetrics
+    settings: Pkcs11Settings | KmipSettings | TransitSettings,
+    launcher: Launcher,
+    metrics: KmiMetrics,
 ) -> QueuedKmi:
     return QueuedKmi(
         settings.name,
