@@ -1,0 +1,193 @@
+"""How the proxy gets its token and keeps it, and what each mistake is called."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+import pytest
+from conftest import StartKmi
+from pydantic import ValidationError
+from test_transit_lanes import encrypt, eventually
+from transit import ADMIN_TOKEN, TOKEN, TransitSite
+from transit_server import PROXY_POLICY, ServerToken, TransitServer
+
+from xkiproxy.config.secrets import write_secret_file
+from xkiproxy.crypto.operations import Encrypt, OperationError
+from xkiproxy.kmi.base import KmiState
+
+SECRET_ID = "a-secret-id-of-the-tests-0123456789"
+JWT = "eyJhbGciOiJub25lIn0.a-service-account-of-the-tests.x"
+
+
+def approle(site: TransitSite, secret_id: str = SECRET_ID) -> dict[str, Any]:
+    file = site.directory / "secret-id"
+    write_secret_file(file, secret_id)
+    site.server.roles["the-role"] = SECRET_ID
+    return {"auth": {"approle": {"role_id": "the-role", "secret_id": file}}}
+
+
+def cert(site: TransitSite) -> dict[str, Any]:
+    site.server.certificates["proxies"] = "a-proxy"
+    tls = {
+        "ca": site.ca, "certificate": site.directory / "client.crt",
+        "private_key": site.directory / "client.key",
+    }  # fmt: skip
+    return {"auth": {"cert": {"role": "proxies"}}, "tls": tls}
+
+
+def kubernetes(site: TransitSite) -> dict[str, Any]:
+    file = site.directory / "jwt"
+    file.write_text(JWT + "\n")
+    site.server.service_accounts["proxy"] = JWT
+    return {"auth": {"kubernetes": {"role": "proxy", "jwt": file}}}
+
+
+@pytest.mark.parametrize("way", [approle, cert, kubernetes])
+async def test_each_login(
+    site: TransitSite, server: TransitServer, start_kmi: StartKmi, way: Any
+) -> None:
+    kmi = await start_kmi(site.settings(**way(site), lanes=3))
+    assert (kmi.state, kmi.error) == (KmiState.CONNECTED, "")
+    await encrypt(kmi, Encrypt("key", b"x"))
+    logins = [path for _, path, _ in server.requests if path.endswith("/login")]
+    assert len(logins) == 1  # one for all lanes
+    made = set(server.tokens) - {"root", TOKEN, ADMIN_TOKEN}
+    await kmi.close()
+    assert server.revoked == list(made)  # it was ours, and is given back
+
+
+async def test_a_token_is_renewed_before_its_end(
+    site: TransitSite, server: TransitServer, start_kmi: StartKmi
+) -> None:
+    server.login_ttl = 1.0
+    kmi = await start_kmi(site.settings(**approle(site)))
+    began = len(server.requests)
+    for _ in range(25):
+        await encrypt(kmi, Encrypt("key", b"x"))
+        await asyncio.sleep(0.1)
+    paths = [path for _, path, _ in server.requests[began:]]
+    assert paths.count("auth/token/renew-self") >= 2
+    assert "auth/approle/login" not in paths
+
+
+async def test_one_that_cannot_be_renewed_is_replaced(
+    site: TransitSite, server: TransitServer, start_kmi: StartKmi
+) -> None:
+    server.login_ttl, server.login_renewable = 1.0, False
+    kmi = await start_kmi(site.settings(**approle(site)))
+    for _ in range(20):
+        await encrypt(kmi, Encrypt("key", b"x"))
+        await asyncio.sleep(0.1)
+    logins = [path for _, path, _ in server.requests if path == "auth/approle/login"]
+    assert 2 <= len(logins) <= 6
+
+
+async def test_a_token_that_is_revoked_is_replaced_by_a_login(
+    site: TransitSite, server: TransitServer, start_kmi: StartKmi
+) -> None:
+    kmi = await start_kmi(site.settings(**approle(site)))
+    for text in set(server.tokens) - {"root", TOKEN, ADMIN_TOKEN}:
+        del server.tokens[text]
+    await encrypt(kmi, Encrypt("key", b"x"))
+
+
+async def test_a_token_that_an_agent_replaces_is_read_again(
+    site: TransitSite, server: TransitServer, start_kmi: StartKmi
+) -> None:
+    kmi = await start_kmi(site.settings())
+    del server.tokens[TOKEN]
+    site.token_file.unlink()
+    write_secret_file(site.token_file, "hvs.another-token-of-the-tests-456")
+    server.tokens["hvs.another-token-of-the-tests-456"] = ServerToken(PROXY_POLICY)
+    await encrypt(kmi, Encrypt("key", b"x"))
+
+
+async def test_a_login_that_is_refused_is_not_repeated(
+    site: TransitSite,
+    server: TransitServer,
+    start_kmi: StartKmi,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Servers lock out whom they refuse often; and the words hold no secret."""
+    with caplog.at_level(logging.DEBUG):
+        kmi = await start_kmi(site.settings(**approle(site, "wrong-secret-id-of-the-tests")))
+        await asyncio.sleep(1.0)
+    assert kmi.state is KmiState.DISCONNECTED
+    assert "refuses the login at auth/approle/login: invalid role or secret ID" in kmi.error
+    assert server.failed_logins == 1
+    assert "wrong-secret-id" not in caplog.text + kmi.error
+
+
+@pytest.mark.parametrize(
+    ("mistake", "complaint"),
+    [
+        ("sealed", "is sealed: unseal it"),
+        ("mount", "there is no Transit engine at elsewhere/ (setting: mount)"),
+        ("token", "refuses the token of "),
+        ("policy", "the token may not use transit/random"),
+        ("ca", "its certificate is not trusted by tls.ca"),
+        ("namespace", "refuses the token of "),
+        ("away", "cannot be reached: "),
+    ],
+)
+async def test_each_mistake_is_named_in_a_line(
+    site: TransitSite, server: TransitServer, start_kmi: StartKmi, mistake: str, complaint: str
+) -> None:
+    changes: dict[str, Any] = {
+        "mount": {"mount": "elsewhere"},
+        "ca": {"tls": {"ca": site.directory / "stranger.crt"}},
+        "namespace": {"namespace": "teams/a"},
+    }.get(mistake, {})
+    if mistake == "sealed":
+        server.sealed = True
+    elif mistake == "token":
+        del server.tokens[TOKEN]
+    elif mistake == "mount":
+        server.tokens[TOKEN].policy = {**PROXY_POLICY, "elsewhere/*": {"update"}}
+    elif mistake == "policy":
+        server.tokens[TOKEN].policy = {"transit/encrypt/*": {"update"}}
+    settings = site.settings(**changes)
+    if mistake == "away":
+        server.stop()
+    kmi = await start_kmi(settings)
+    assert kmi.state is KmiState.DISCONNECTED
+    assert complaint in kmi.error
+    assert "\n" not in kmi.error
+    assert TOKEN not in kmi.error
+
+
+async def test_a_server_that_is_sealed_and_unsealed(
+    site: TransitSite, server: TransitServer, start_kmi: StartKmi
+) -> None:
+    kmi = await start_kmi(site.settings())
+    server.sealed = True
+    with pytest.raises(OperationError):
+        await encrypt(kmi, Encrypt("key", b"x"))
+    server.sealed = False
+    await eventually(lambda: kmi.state is KmiState.CONNECTED)
+    await encrypt(kmi, Encrypt("key", b"x"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"auth": {}}, "exactly one of token, approle, cert or kubernetes"),
+        ({"address": "http://bao.example.com:8200"}, "plaintext = true goes with"),
+        ({"address": "http://bao.example.com", "plaintext": True}, "loopback addresses only"),
+        ({"address": "bao.example.com:8200"}, "write it as"),
+        ({"auth": {"cert": {}}}, "auth.cert needs tls.certificate"),
+        ({"mount": "a b"}, "write it as"),
+    ],
+)
+def test_settings_that_contradict_each_other(
+    site: TransitSite, changes: dict[str, Any], complaint: str
+) -> None:
+    with pytest.raises(ValidationError, match=complaint):
+        site.settings(**changes)
+
+
+def test_no_repr_shows_a_secret(site: TransitSite) -> None:
+    assert SECRET_ID not in repr(site.settings(**approle(site)))
+    assert TOKEN not in repr(site.settings())
