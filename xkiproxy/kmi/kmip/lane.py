@@ -6,6 +6,8 @@ Under GCM the tag travels apart from the ciphertext (KMIP 1.4, sections 4.29 and
 from __future__ import annotations
 
 import asyncio
+import logging
+import time
 from collections.abc import Sequence
 from os import urandom
 
@@ -41,6 +43,10 @@ from xkiproxy.kmi.kmip.connection import Connection, connect
 from xkiproxy.kmi.kmip.keys import Key, KeyObject, find_key
 from xkiproxy.kmi.kmip.messages import Answer, Cipher, KmipError, Mode, Reason, Request, Tag
 from xkiproxy.kmi.kmip.ttlv import TtlvError
+
+_log = logging.getLogger(__name__)
+
+_SAID_SECONDS = 60.0
 
 _MODES = {
     Algorithm.AES_GCM: Mode.GCM,
@@ -86,8 +92,10 @@ class KmipLane:
         self._connection = connection
         self._makes_iv = settings.iv == "generator"
         self._draws = settings.random == "generator"
+        self._name = settings.name
         self._keys: dict[str, Key] = {}
         self._epoch = 0
+        self._said = ("", 0.0)
 
     async def execute(self, batch: Sequence[Operation], epoch: int, settle: Settle) -> None:
         """See `Lane.execute`."""
@@ -148,7 +156,9 @@ class KmipLane:
             try:
                 key = await find_key(self._connection, key_id)
             except KmipError as error:
-                raise OperationError(Fault.KEY_UNUSABLE, f"The key manager says: {error}") from None
+                self._say(f"key {key_id}: {error}")
+                why = "The key cannot be looked up at the key manager."
+                raise OperationError(Fault.KEY_UNUSABLE, why) from None
             if key is None:
                 raise OperationError(Fault.KEY_NOT_FOUND, "There is no such key.")
             self._keys[key_id] = key
@@ -183,9 +193,9 @@ class KmipLane:
         try:
             answers = await self._connection.ask([step.request for _, step in steps])
         except KmipError as error:
-            text = f"The key manager refuses the batch: {error}"
+            self._say(str(error))
             for index, _ in steps:
-                settle(index, OperationError(Fault.INTERNAL, text))
+                settle(index, OperationError(Fault.INTERNAL, "The key manager refuses the batch."))
             return
         doubtful: list[tuple[int, _Step]] = []
         for (index, step), answer in zip(steps, answers, strict=True):
@@ -199,7 +209,9 @@ class KmipLane:
                 else:
                     settle(index, self._failure(step, answer))
             except TtlvError as error:
-                settle(index, OperationError(Fault.INTERNAL, f"The key manager's answer: {error}"))
+                self._say(f"its answer makes no sense: {error}")
+                text = "The key manager's answer makes no sense."
+                settle(index, OperationError(Fault.INTERNAL, text))
         if doubtful:
             await self._settle_doubtful(doubtful, settle)
 
@@ -216,7 +228,6 @@ class KmipLane:
             if works[step.uid]:
                 settle(index, invalid_ciphertext())
             else:
-                self._keys.clear()
                 text = "The key manager cannot decrypt, and does not say why."
                 settle(index, OperationError(Fault.INTERNAL, text))
 
@@ -257,13 +268,22 @@ class KmipLane:
             return False
 
     def _failure(self, step: _Step, answer: Answer) -> OperationError:
-        # What is remembered of the key may be old.
-        self._keys.clear()
+        name = type(step.operation).__name__.lower()
+        self._say(f"{name}: {answer.message or f'reason 0x{answer.reason:x}'}")
+        if not isinstance(step.operation, Random):
+            # What is remembered of the key may be old.
+            self._keys.pop(step.operation.key_id, None)
         known = _FAULTS.get(answer.reason)  # type: ignore[call-overload]
         if known is not None:
             return OperationError(*known)
-        name = type(step.operation).__name__.lower()
         return OperationError(Fault.INTERNAL, f"The key manager failed to {name}.")
+
+    def _say(self, message: str) -> None:
+        """Log the server's words for administrators, the same once a minute; clients get ours."""
+        now = time.monotonic()
+        if (message, True) != (self._said[0], now < self._said[1]):
+            self._said = message, now + _SAID_SECONDS
+            _log.warning("KMI %s: %s", self._name, message)
 
 
 def _is_for_padding(step: _Step, answer: Answer) -> bool:
@@ -307,6 +327,8 @@ def _result(step: _Step, answer: Answer) -> Result:
     if step.cipher.padding:
         padding = Padding.PKCS7 if step.cipher.padding == messages.PKCS5_PADDING else Padding.NONE
     if isinstance(operation, Decrypt):
+        if padding is None and len(data) != len(operation.ciphertext) - TAG_SIZE:
+            raise TtlvError("the plaintext has another size than its ciphertext")
         return Decrypted(data, step.version, step.algorithm, padding)
     iv = step.iv
     if not iv and IV_SIZES[step.algorithm]:
@@ -315,8 +337,9 @@ def _result(step: _Step, answer: Answer) -> Result:
         raise TtlvError("its IV has another size")
     if step.algorithm is Algorithm.AES_GCM:
         tag = answer.payload.octets(Tag.AUTHENTICATION_TAG)
-        if len(tag) != TAG_SIZE:
-            raise TtlvError("its tag has another size")
+        assert isinstance(operation, Encrypt)  # noqa: S101 - nothing else is left
+        if len(tag) != TAG_SIZE or len(data) != len(operation.plaintext):
+            raise TtlvError("the ciphertext or its tag has another size")
         data += tag
     return Encrypted(data, iv, step.version, step.algorithm, padding)
 
