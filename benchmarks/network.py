@@ -1,8 +1,8 @@
 """Key managers over a network: what batches are worth at 0, 1 and 5 ms of round-trip time.
 
-The server is a small one of our own, in a process of its own: it stands for an appliance that is
-not the bottleneck, as PyKMIP's would be (some 700 operations a second). A relay before it adds the
-time. Run it with: python -m benchmarks.network
+The servers, for KMIP and Transit, are small ones of our own in a process of their own: they stand
+for appliances that are not the bottleneck. A relay before them adds the time. Run it with:
+python -m benchmarks.network
 """
 
 from __future__ import annotations
@@ -13,26 +13,33 @@ import multiprocessing
 import ssl
 import tempfile
 import time
+from base64 import b64decode, b64encode
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from itertools import product
 from multiprocessing.connection import Connection as Pipe
+from os import urandom
 from pathlib import Path
 from typing import Any
 
+import orjson
 import uvloop
+from aiohttp import web
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from benchmarks.relay import Relay
 from xkiproxy.cli.certificate import CertificateKey, self_signed
-from xkiproxy.config.models import KmipSettings
+from xkiproxy.config.models import KmipSettings, TransitSettings
 from xkiproxy.config.secrets import write_secret_file
 from xkiproxy.crypto.operations import Encrypt
-from xkiproxy.kmi.dispatcher import KmiMetrics, QueuedKmi
-from xkiproxy.kmi.kmip import KmipLauncher, messages, ttlv
+from xkiproxy.kmi.kmip import messages, ttlv
 from xkiproxy.kmi.kmip.messages import Op, Tag
 from xkiproxy.kmi.kmip.ttlv import Structure
+from xkiproxy.kmi.registry import open_kmi
 from xkiproxy.observability.metrics import Metrics
+
+Settings = KmipSettings | TransitSettings
 
 ROUND_TRIPS_MS = (0, 1, 5)
 BATCHES = (1, 64)
@@ -129,11 +136,47 @@ def _attributes() -> Iterator[bytes]:
         yield ttlv.structure(Tag.ATTRIBUTE, ttlv.text(Tag.ATTRIBUTE_NAME, text), value)
 
 
-async def _serve(folder: Path, pipe: Pipe) -> None:
+def _transit_app() -> web.Application:
+    """Answers as a Transit engine with one key does."""
+    gcm = AESGCM(bytes(32))
+
+    def encrypted(item: dict[str, Any]) -> dict[str, Any]:
+        iv, aad = urandom(12), b64decode(item["associated_data"])
+        data = iv + gcm.encrypt(iv, b64decode(item["plaintext"]), aad)
+        return {"ciphertext": f"vault:v1:{b64encode(data).decode()}", "key_version": 1}
+
+    async def answer(request: web.Request) -> web.Response:
+        path = request.path.removeprefix("/v1/")
+        body = orjson.loads(await request.read() or b"{}")
+        known: dict[str, dict[str, Any]] = {
+            "auth/token/lookup-self": {"ttl": 0, "renewable": False, "expire_time": None},
+            f"transit/keys/{_KEY}": {
+                "type": "aes256-gcm96", "latest_version": 1, "keys": {"1": 1700000000},
+                "supports_encryption": True, "supports_decryption": True,
+            },
+        }  # fmt: skip
+        data = known.get(path, {})
+        if path == "transit/random":
+            data = {"random_bytes": b64encode(urandom(body["bytes"])).decode()}
+        elif path == f"transit/encrypt/{_KEY}":
+            data = {"batch_results": [encrypted(item) for item in body["batch_input"]]}
+        return web.Response(body=orjson.dumps({"data": data}), content_type="application/json")
+
+    app = web.Application(client_max_size=1 << 24)
+    app.router.add_route("*", "/{path:.*}", answer)
+    return app
+
+
+async def _serve(kind: str, folder: Path, pipe: Pipe) -> None:
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(folder / "server.crt", folder / "server.key")
     loop = asyncio.get_running_loop()
-    server = await loop.create_server(_KmipServer, "127.0.0.1", 0, ssl=context)
+    make: Any = _KmipServer
+    if kind == "transit":
+        runner = web.AppRunner(_transit_app(), access_log=None)
+        await runner.setup()
+        make = runner.server
+    server = await loop.create_server(make, "127.0.0.1", 0, ssl=context)
     relay = Relay(server.sockets[0].getsockname()[1])
     await relay.start()
     pipe.send(relay.port)
@@ -145,15 +188,15 @@ async def _serve(folder: Path, pipe: Pipe) -> None:
     server.close()
 
 
-def _run_server(folder: Path, pipe: Pipe) -> None:
-    uvloop.run(_serve(folder, pipe))
+def _run_server(kind: str, folder: Path, pipe: Pipe) -> None:
+    uvloop.run(_serve(kind, folder, pipe))
 
 
 @contextmanager
-def _server(folder: Path) -> Iterator[tuple[int, Pipe]]:
+def _server(kind: str, folder: Path) -> Iterator[tuple[int, Pipe]]:
     ours, theirs = multiprocessing.Pipe()
     process = multiprocessing.get_context("spawn").Process(
-        target=_run_server, args=(folder, theirs), daemon=True
+        target=_run_server, args=(kind, folder, theirs), daemon=True
     )
     process.start()
     try:
@@ -168,13 +211,11 @@ def _server(folder: Path) -> Iterator[tuple[int, Pipe]]:
 
 
 async def measure(
-    settings: KmipSettings, max_batch: int, concurrency: int, seconds: float
+    settings: Settings, max_batch: int, concurrency: int, seconds: float
 ) -> tuple[float, float]:
     """Operations a second on one lane, and the median latency in milliseconds."""
-    kmi = QueuedKmi(
-        "kmip", "kmip", KmipLauncher(settings), KmiMetrics(Metrics(), "kmip"),
-        lanes=1, queue_size=4096, max_batch=max_batch,
-    )  # fmt: skip
+    changes = {"max_batch": max_batch, "queue_size": 4096, "lanes": 1}
+    kmi = open_kmi(settings.model_copy(update=changes), Metrics())
     kmi.start()
     await kmi.check()
     operation = Encrypt(_KEY, bytes(32))
@@ -194,31 +235,33 @@ async def measure(
     return len(times) / took, 1000 * sorted(times)[len(times) // 2]
 
 
-async def run(seconds: float) -> dict[tuple[int, int, int], float]:
-    """Print the table; operations a second by round-trip time, largest batch and concurrency."""
+async def run(seconds: float) -> dict[tuple[str, int, int, int], float]:
+    """Print the table.
+
+    Returns operations a second by kind, round-trip time, largest batch and concurrency.
+    """
     found = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         _make_certificate(folder)
-        with _server(folder) as (port, pipe):
-            settings = _settings(folder, port)
-            print("round trip  batch  concurrency  operations/s  median ms")
-            for round_trip in ROUND_TRIPS_MS:
-                pipe.send(round_trip)
-                pipe.recv()
-                for batch in BATCHES:
-                    for concurrency in CONCURRENCIES:
-                        rate, median = await measure(settings, batch, concurrency, seconds)
-                        found[round_trip, batch, concurrency] = rate
-                        print(
-                            f"{round_trip:>7} ms {batch:>6} {concurrency:>12} {rate:>13,.0f}"
-                            f" {median:>10.2f}",
-                            flush=True,
-                        )
+        print("kind     round trip  batch  concurrency  operations/s  median ms")
+        for kind in ("kmip", "transit"):
+            with _server(kind, folder) as (port, pipe):
+                settings = _settings(kind, folder, port)
+                for round_trip, batch, concurrency in product(
+                    ROUND_TRIPS_MS, BATCHES, CONCURRENCIES
+                ):
+                    pipe.send(round_trip)
+                    pipe.recv()
+                    rate, median = await measure(settings, batch, concurrency, seconds)
+                    found[kind, round_trip, batch, concurrency] = rate
+                    line = f"{kind:<8} {round_trip:>7} ms {batch:>6} {concurrency:>12}"
+                    print(f"{line} {rate:>13,.0f} {median:>10.2f}", flush=True)
     most = max(CONCURRENCIES)
-    for round_trip in ROUND_TRIPS_MS:
-        worth = found[round_trip, 64, most] / found[round_trip, 1, most]
-        print(f"at {round_trip} ms and concurrency {most}, batches are worth {worth:.1f} times")
+    for kind, round_trip in product(("kmip", "transit"), ROUND_TRIPS_MS):
+        worth = found[kind, round_trip, 64, most] / found[kind, round_trip, 1, most]
+        where = f"{kind} at {round_trip} ms and concurrency {most}"
+        print(f"{where}: batches are worth {worth:.1f} times")
     return found
 
 
@@ -228,15 +271,25 @@ def _make_certificate(folder: Path) -> None:
     write_secret_file(folder / "server.key", key)
 
 
-def _settings(folder: Path, port: int) -> KmipSettings:
-    return KmipSettings.model_validate(
+def _settings(kind: str, folder: Path, port: int) -> Settings:
+    if kind == "kmip":
+        tls = {
+            "ca": str(folder / "server.crt"), "certificate": str(folder / "server.crt"),
+            "private_key": str(folder / "server.key"),
+        }  # fmt: skip
+        return KmipSettings.model_validate(
+            {
+                "name": "kmip", "type": "kmip", "address": f"localhost:{port}", "tls": tls,
+                "version": "1.4", "operation_timeout_ms": 30_000,
+            }
+        )  # fmt: skip
+    token = folder / "token"
+    write_secret_file(token, "a-token-of-the-benchmark")
+    return TransitSettings.model_validate(
         {
-            "name": "kmip", "type": "kmip", "address": f"localhost:{port}", "version": "1.4",
+            "name": "transit", "type": "transit", "address": f"https://localhost:{port}",
+            "auth": {"token": str(token)}, "tls": {"ca": str(folder / "server.crt")},
             "operation_timeout_ms": 30_000,
-            "tls": {
-                "ca": str(folder / "server.crt"), "certificate": str(folder / "server.crt"),
-                "private_key": str(folder / "server.key"),
-            },
         }
     )  # fmt: skip
 
