@@ -306,7 +306,11 @@ class TransitSettings(KmiSettings):
     """Keys in the Transit secrets engine of OpenBao or HashiCorp Vault."""
 
     type: Literal["transit"]
-    address: Annotated[str, AfterValidator(_origin)]
+    address: Annotated[
+        tuple[Annotated[str, AfterValidator(_origin)], ...],
+        BeforeValidator(_as_addresses),
+        Field(min_length=1, max_length=16),
+    ]
     mount: Mount = "transit"
     namespace: Annotated[str, AfterValidator(_namespace)] = ""
     auth: TransitAuthSettings
@@ -322,11 +326,12 @@ class TransitSettings(KmiSettings):
 
     @model_validator(mode="after")
     def _tls_or_loopback(self) -> Self:
-        match = _ORIGIN.fullmatch(self.address)
-        if match is None or (match[1] == "http") != self.plaintext:
-            raise ValueError("plaintext = true goes with an address of http://, and only with it")
-        if self.plaintext and not _is_loopback(match[2].strip("[]")):
-            raise ValueError("plaintext = true is for loopback addresses only")
+        for address in self.address:
+            match = _ORIGIN.fullmatch(address)
+            if match is None or (match[1] == "http") != self.plaintext:
+                raise ValueError("plaintext = true goes with an address of http://, and only so")
+            if self.plaintext and not _is_loopback(match[2].strip("[]")):
+                raise ValueError("plaintext = true is for loopback addresses only")
         if self.plaintext and self.tls != ClientTlsSettings():
             raise ValueError("plaintext = true and tls contradict each other")
         if self.auth.cert is not None and self.tls.certificate is None:

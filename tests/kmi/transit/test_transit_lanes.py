@@ -10,6 +10,7 @@ import pytest
 from conftest import StartKmi
 from Cryptodome.Cipher import AES
 from hsm import bound, decrypt, encrypt, eventually, opening, submit
+from test_end_to_end import free_ports
 from transit import TransitSite
 from transit_server import TransitServer
 
@@ -287,4 +288,15 @@ async def test_a_server_that_goes_away_and_comes_back(
     assert "cannot be reached: " in kmi.error
     server.start(port)
     await eventually(lambda: kmi.state is KmiState.CONNECTED)
+    await encrypt(kmi, Encrypt("key", b"x"))
+
+
+async def test_lanes_are_spread_over_addresses(
+    site: TransitSite, server: TransitServer, start_kmi: StartKmi
+) -> None:
+    """One node of two is away: the other serves."""
+    away = f"https://localhost:{free_ports(1)[0]}"
+    kmi = await start_kmi(site.settings(address=[away, server.address], lanes=2))
+    await eventually(lambda: kmi.state is KmiState.DEGRADED)
+    assert f"{away}: cannot be reached" in kmi.error
     await encrypt(kmi, Encrypt("key", b"x"))

@@ -1,4 +1,4 @@
-"""One Transit engine, for all lanes of a KMI: connections, the token, and what is known of keys."""
+"""A Transit engine, for all lanes to an address: connections, token, what is known of keys."""
 
 from __future__ import annotations
 
@@ -79,10 +79,11 @@ def is_name(key_id: str) -> bool:
 class TransitClient:
     """See the module. Whoever uses it, between `acquire` and `release`, is counted."""
 
-    def __init__(self, settings: TransitSettings) -> None:
+    def __init__(self, settings: TransitSettings, address: str) -> None:
         """Raises KeyManagerError or SecretError: files for TLS cannot be used."""
         self.settings = settings
-        self._http = Http(settings)
+        self.address = address
+        self._http = Http(settings, address)
         self._login = Login(settings, self._http)
         self._mount = settings.mount
         self._users = 0

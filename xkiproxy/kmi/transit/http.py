@@ -90,9 +90,9 @@ def _context(settings: TransitSettings) -> ssl.SSLContext | None:
 class Http:
     """Keep-alive connections to one server, at most `connections` of them."""
 
-    def __init__(self, settings: TransitSettings) -> None:
+    def __init__(self, settings: TransitSettings, address: str) -> None:
         """Raises KeyManagerError or SecretError: files for TLS cannot be used."""
-        self._address = settings.address
+        self.address = address
         self._context = _context(settings)
         self._ca = settings.tls.ca
         self._server_name = settings.tls.server_name or None
@@ -150,14 +150,14 @@ class Http:
 
     def broken(self, why: str, reason: BreakReason = BreakReason.DEVICE) -> LaneError:
         """The error that says what is wrong with this server."""
-        return LaneError(f"{self._address}: {why}", reason)
+        return LaneError(f"{self.address}: {why}", reason)
 
     async def _send(
         self, method: str, path: str, body: object, headers: Mapping[str, str]
     ) -> Answer:
         if self._session is None:
             raise LaneError("closed", BreakReason.EXIT)
-        url = URL(f"{self._address}/v1/{path}", encoded=True)
+        url = URL(f"{self.address}/v1/{path}", encoded=True)
         data = None if body is None else orjson.dumps(body)
         if data is not None:
             headers = {**headers, "Content-Type": "application/json"}

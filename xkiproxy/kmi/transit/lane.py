@@ -106,7 +106,7 @@ class TransitLane:
             async with asyncio.timeout(self._timeout):
                 await work
         except TimeoutError:
-            message = f"{self._client.settings.address}: no answer for {self._timeout:g} s"
+            message = f"{self._client.address}: no answer for {self._timeout:g} s"
             raise self._break(LaneError(message, BreakReason.TIMEOUT)) from None
         except LaneError as error:
             raise self._break(error) from None
@@ -279,17 +279,17 @@ class TransitLane:
 
 
 class TransitLauncher:
-    """Starts the lanes of a KMI, which share connections and token."""
+    """Starts the lanes of a KMI; those to one address share connections and token."""
 
     def __init__(self, settings: TransitSettings) -> None:
         """Raises KeyManagerError or SecretError: files for TLS cannot be used."""
         self._settings = settings
-        self._client = TransitClient(settings)
+        self._clients = [TransitClient(settings, address) for address in settings.address]
 
     async def launch(self, index: int) -> TransitLane:
         """See `xkiproxy.kmi.base.Launcher`; every lane begins with a check of the server."""
-        del index  # they are all the same
-        client, seconds = self._client, self._settings.start_timeout_seconds
+        client = self._clients[index % len(self._clients)]
+        seconds = self._settings.start_timeout_seconds
         await client.acquire()
         try:
             async with asyncio.timeout(seconds):
@@ -300,7 +300,7 @@ class TransitLauncher:
                 # A login that was refused is not sent again at once: `Login` sees to that.
                 raise LaneError(error.message, BreakReason.START) from None
             if isinstance(error, TimeoutError):
-                message = f"{self._settings.address}: no answer for {seconds:g} s"
+                message = f"{client.address}: no answer for {seconds:g} s"
                 raise LaneError(message, BreakReason.START) from None
             raise
         return TransitLane(client)

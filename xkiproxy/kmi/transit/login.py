@@ -103,7 +103,7 @@ class Login:
                 if looked_up.status == 200:
                     self._alive_until = time.monotonic() + _ALIVE_SECONDS
                     return False
-            _log.warning("%s refuses our token: logging in again", self._settings.address)
+            _log.warning("%s refuses our token: logging in again", self._http.address)
             self._token = None
             return True
 

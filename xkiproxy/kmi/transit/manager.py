@@ -29,7 +29,7 @@ class TransitKeyManager:
         self._settings = settings
         self._runner = asyncio.Runner()
         try:
-            self._client = TransitClient(settings)
+            self._client = TransitClient(settings, settings.address[0])
             self._run(self._client.acquire())
         except BaseException:
             self._runner.close()
@@ -125,7 +125,7 @@ class TransitKeyManager:
             raise self._error(error.message) from None
         except TimeoutError:
             seconds = self._settings.start_timeout_seconds
-            raise self._error(f"{self._settings.address}: no answer for {seconds:g} s") from None
+            raise self._error(f"{self._client.address}: no answer for {seconds:g} s") from None
 
     def _error(self, message: str) -> KeyManagerError:
         return KeyManagerError(f"KMI {self._settings.name}: {message}")
