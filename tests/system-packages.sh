@@ -27,6 +27,8 @@ need valgrind valgrind
 [ -x /usr/sbin/rsyslogd ] || need rsyslogd rsyslog
 [ -x /usr/sbin/haproxy ] || need haproxy haproxy
 need_file rsyslog-openssl /usr/lib/*/rsyslog/lmnsd_ossl.so
+need systemd-analyze systemd
+need_file libseccomp2 /usr/lib/*/libseccomp.so.2 /lib/*/libseccomp.so.2
 
 [ -n "$missing" ] || exit 0
 sudo=""

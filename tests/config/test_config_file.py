@@ -209,6 +209,13 @@ class TestSecrets:
         with pytest.raises(SecretError, match="UTF-8"):
             SecretSource(file=path).read()
 
+    def test_empty_file(self, tmp_path: Path) -> None:
+        path = tmp_path / "pin"
+        path.write_text("\n")
+        path.chmod(0o600)
+        with pytest.raises(SecretError, match="is empty"):
+            SecretSource(file=path).read()
+
     def test_environment(self, monkeypatch: pytest.MonkeyPatch) -> None:
         source = SecretSource(env="XKIPROXY_TEST_SECRET")
         with pytest.raises(SecretError, match="XKIPROXY_TEST_SECRET is not set"):
@@ -292,7 +299,7 @@ def test_the_audit_log_of_a_worker_is_kept_as_the_configuration_says(tmp_path: P
     for wrong in ("", "zz" * 32, key.hex()[:-2], b64encode(key + b"x").decode()):
         (tmp_path / "audit.key").unlink()
         write_secret_file(tmp_path / "audit.key", wrong)
-        with pytest.raises(SecretError, match="must be 32 bytes") as caught:
+        with pytest.raises(SecretError, match="must be 32 bytes|is empty") as caught:
             source.read_key()
         assert not wrong or wrong not in str(caught.value)
 

@@ -100,11 +100,15 @@ class SecretSource(BaseModel):
         path = self.path()
         try:
             with path.open("rb") as file:
-                return file.read(_MAX_SECRET_SIZE).decode("utf-8").strip()
+                text = file.read(_MAX_SECRET_SIZE).decode("utf-8").strip()
         except UnicodeDecodeError:
             raise SecretError(f"{path}: is not UTF-8 text") from None
         except OSError as error:
             raise SecretError(f"{path}: {error.strerror}") from None
+        if not text:
+            # An empty PIN would be tried, and tokens lock after a few.
+            raise SecretError(f"{path}: is empty")
+        return text
 
 
 def write_secret_file(path: Path, text: str) -> None:

@@ -23,6 +23,7 @@ from xkiproxy.observability.audit import AuditError, Sink, encode
 from xkiproxy.server.admin import OneProcess, admin_listener
 from xkiproxy.server.gateway import Gateway
 from xkiproxy.server.listener import Listener
+from xkiproxy.server.notify import notify_ready, notify_reload, notify_stopping
 from xkiproxy.server.reload import Change, texts
 from xkiproxy.server.runtime import Runtime, Tables
 from xkiproxy.server.sinks import open_audit
@@ -67,7 +68,9 @@ async def _serve_alone(config: Config, stop: asyncio.Event) -> None:
         loop.add_signal_handler(signal.SIGHUP, lambda: loop.create_task(public.reload()))
         scheme = "https" if config.server.tls else "http"
         _log.info("xkiproxy %s serves %s://%s:%d", __version__, scheme, *public.listener.address)
+        notify_ready()
         await stop.wait()
+        notify_stopping()
         _log.info("stopping: requests that have begun are finished")
 
 
@@ -84,15 +87,19 @@ class PublicSide:
     async def reload(self) -> None:
         """Take over the configuration as it is now, whole or not at all; tells what came of it."""
         async with self._reloading:
-            outcome = "failed"
-            try:
-                await self.apply(await self.prepare())
-                outcome = "ok"
-            except ConfigError as error:
-                self.note(texts(error), [])
-            except OSError as error:
-                self.note([f"server.listen: {error.strerror}"], [])
-            self._runtime.metrics.reloads.labels(outcome).inc()
+            with notify_reload():
+                await self._reload()
+
+    async def _reload(self) -> None:
+        outcome = "failed"
+        try:
+            await self.apply(await self.prepare())
+            outcome = "ok"
+        except ConfigError as error:
+            self.note(texts(error), [])
+        except OSError as error:
+            self.note([f"server.listen: {error.strerror}"], [])
+        self._runtime.metrics.reloads.labels(outcome).inc()
 
     async def prepare(self) -> Change:
         """Open and check what has changed; raises ConfigError."""

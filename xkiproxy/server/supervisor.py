@@ -31,6 +31,7 @@ from xkiproxy.observability.metrics import Metrics
 from xkiproxy.observability.series import Snapshot, from_json
 from xkiproxy.server.admin import admin_listener
 from xkiproxy.server.listener import bind
+from xkiproxy.server.notify import notify_ready, notify_reload, notify_stopping
 from xkiproxy.server.reload import History
 from xkiproxy.server.runtime import Tables
 
@@ -107,7 +108,9 @@ class Supervisor:
             loop = asyncio.get_running_loop()
             loop.add_signal_handler(signal.SIGHUP, lambda: loop.create_task(self.reload()))
             keepers = [asyncio.create_task(self._keep(worker)) for worker in self._workers]
+            notify_ready()
             await stop.wait()
+            notify_stopping()
             _log.info("stopping: requests that have begun are finished")
         finally:
             for keeper in keepers:
@@ -201,15 +204,19 @@ class Supervisor:
         the one that replaces it reads the new configuration.
         """
         async with self._reloading:
-            prepared = await self._tell_all(b"prepare")
-            problems = prepared or await self._tell_all(b"apply")
-            changes: list[str] = []
-            if not problems:
-                await asyncio.gather(*(self._ask(worker) for worker in self._workers))
-                reports = list(self._reports())
-                changes = reports[0]["status"]["reload"]["changes"] if reports else []
-            self._history.add(problems, changes)
-            self._metrics.reloads.labels("failed" if problems else "ok").inc()
+            with notify_reload():
+                await self._reload()
+
+    async def _reload(self) -> None:
+        prepared = await self._tell_all(b"prepare")
+        problems = prepared or await self._tell_all(b"apply")
+        changes: list[str] = []
+        if not problems:
+            await asyncio.gather(*(self._ask(worker) for worker in self._workers))
+            reports = list(self._reports())
+            changes = reports[0]["status"]["reload"]["changes"] if reports else []
+        self._history.add(problems, changes)
+        self._metrics.reloads.labels("failed" if problems else "ok").inc()
 
     async def _tell_all(self, command: bytes) -> list[str]:
         """The problems that workers have with a command, each once."""
