@@ -299,7 +299,7 @@ def test_the_audit_log_of_a_worker_is_kept_as_the_configuration_says(tmp_path: P
     for wrong in ("", "zz" * 32, key.hex()[:-2], b64encode(key + b"x").decode()):
         (tmp_path / "audit.key").unlink()
         write_secret_file(tmp_path / "audit.key", wrong)
-        with pytest.raises(SecretError, match="must be 32 bytes|is empty") as caught:
+        with pytest.raises(SecretError, match=r"must be 32 bytes|is empty") as caught:
             source.read_key()
         assert not wrong or wrong not in str(caught.value)
 
