@@ -64,6 +64,9 @@ class Scripted:
 class Site:
     """Two KMIs, and what the failover between them counts."""
 
+    forbidden = ""
+    """The name of a KMI that may not be asked."""
+
     def __init__(self, first: str = "ok", second: str = "ok", hedge: float | None = None) -> None:
         self.one, self.two = Scripted("one", first), Scripted("two", second)
         self.metrics = Metrics()
@@ -73,8 +76,12 @@ class Site:
     async def submit(self, seconds: float = 0.4) -> Served:
         holders: list[Any] = [Holder(kmi, None) for kmi in (self.one, self.two)]  # type: ignore[arg-type]
         deadline = time.monotonic() + seconds
-        enter = lambda holder: self.entered.append(holder.kmi.name)  # noqa: E731
-        return await self.failover.submit(holders, OPERATION, deadline, enter)
+        return await self.failover.submit(holders, OPERATION, deadline, self._enter)
+
+    def _enter(self, holder: Holder) -> None:
+        if holder.kmi.name == self.forbidden:
+            raise OperationError(Fault.ACCESS_DENIED, "The key's owner does not permit this.")
+        self.entered.append(holder.kmi.name)
 
     async def by(self, seconds: float = 0.4) -> str:
         return (await self.submit(seconds)).kmi.name
@@ -206,6 +213,14 @@ async def test_a_hedge_for_one_that_refuses_at_once() -> None:
     assert await site.by(10.0) == "two"
     assert time.monotonic() - began < 1.0
     assert not site.one.standing.is_good
+
+
+async def test_no_hedge_where_the_second_may_not_be_asked() -> None:
+    site = Site(hedge=0.01)
+    site.one.seconds, site.forbidden = 0.1, "two"
+    assert await site.by(2.0) == "one"
+    assert site.asked == (1, 0)
+    assert site.counted("hedges", outcome="lost") == 0
 
 
 async def test_a_hedge_where_both_fail() -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from typing import NamedTuple, Protocol
 
 from xkiproxy.crypto.operations import Fault, Operation, OperationError, Result
@@ -111,8 +112,9 @@ class Failover:
             if not first.done() or _failed(first):
                 if first.done():  # to be slow once is no failure
                     _note_failure(one.kmi, Fault.UNAVAILABLE, 0.0)
-                enter(other)
-                asked[asyncio.ensure_future(other.kmi.submit(operation, deadline))] = other
+                with suppress(OperationError):  # it may not be asked: the first has the last word
+                    enter(other)
+                    asked[asyncio.ensure_future(other.kmi.submit(operation, deadline))] = other
             task = await _first_good(asked)
             if len(asked) > 1:
                 self._counts.hedged("lost" if task is first else "won")
