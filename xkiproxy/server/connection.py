@@ -86,6 +86,8 @@ class Shared:
         self.gateway = gateway
         self.loop = loop
         self.connections: set[Connection] = set()
+        self.has_ended = False
+        """Nothing is served any more: a handshake that ends now has come too late."""
         self.renderer = Renderer()
         self.max_connections = settings.max_connections
         self.max_body_bytes = settings.max_body_bytes
@@ -183,6 +185,9 @@ class Connection(BaseProtocol):
         super().connection_made(transport)
         if not self._source and (peer := transport.get_extra_info("peername")):
             self._source = str(peer[0])
+        if self._shared.has_ended:
+            self.abort()
+            return
         if len(self._shared.connections) >= self._shared.max_connections:
             self._shared.gateway.count_refused_connection()
             self.abort()

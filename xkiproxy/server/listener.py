@@ -102,6 +102,7 @@ class Listener:
             for connection in [c for c in connections if c.is_idle]:
                 connection.close()
             await asyncio.sleep(_DRAIN_STEP_SECONDS)
+        self._shared.has_ended = True
         if connections:
             _log.warning("%d connections were cut off", len(connections))
         for connection in list(connections):
