@@ -28,6 +28,7 @@ need valgrind valgrind
 [ -x /usr/sbin/haproxy ] || need haproxy haproxy
 need_file rsyslog-openssl /usr/lib/*/rsyslog/lmnsd_ossl.so
 need systemd-analyze systemd
+need chromium chromium
 need_file libseccomp2 /usr/lib/*/libseccomp.so.2 /lib/*/libseccomp.so.2
 
 [ -n "$missing" ] || exit 0

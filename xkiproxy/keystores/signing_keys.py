@@ -25,7 +25,10 @@ class CachedSigningKeys:
     """
 
     def __init__(self, credentials: Iterable[Credential]) -> None:
-        self._secrets = {c.access_key_id: c.access_key_secret for c in credentials}
+        known = list(credentials)
+        self._secrets = {c.access_key_id: c.access_key_secret for c in known}
+        self.created = {c.access_key_id: c.created for c in known}
+        """When each was made, as its file says (RFC 3339)."""
         self._nobodys_secret = secrets.token_urlsafe(32)
         self._scopes: dict[str, dict[str | None, Mac]] = {}
 

@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry, PlatformCollector, ProcessColle
 from xkiproxy import __version__
 from xkiproxy.observability.series import Collection, Family, counter, gauge, histogram
 
-_REQUEST_BUCKETS = (
+REQUEST_BUCKETS = (
     0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5,
 )  # fmt: skip
 _STAGE_BUCKETS = (0.000005, 0.00001, 0.000025, 0.00005, 0.0001, 0.00025, 0.001, 0.01, 0.1, 1.0)
@@ -32,7 +32,7 @@ class Metrics:
         )  # fmt: skip
         self.request_duration = histogram(
             "xkiproxy_request_duration_seconds", "From the request's headers to its answer.",
-            "keystore", "protocol", "operation", bounds=_REQUEST_BUCKETS,
+            "keystore", "protocol", "operation", bounds=REQUEST_BUCKETS,
         )  # fmt: skip
         self.requests_in_flight = gauge("xkiproxy_requests_in_flight", "Requests being worked on.")
         self.stage_duration = histogram(

@@ -1,9 +1,12 @@
-"""The admin listener: /metrics, /livez, /readyz and /status, for people and machines inside."""
+"""The admin listener: a page, /metrics, /livez, /readyz and /status, for those inside."""
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from typing import Any, Protocol
 
 import orjson
@@ -11,8 +14,19 @@ from aiohttp import web
 from prometheus_client import generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
+from xkiproxy.observability.metrics import REQUEST_BUCKETS
+from xkiproxy.observability.series import Snapshot
 from xkiproxy.server.listener import bind
+from xkiproxy.server.page import POLICY, render
 from xkiproxy.server.runtime import Runtime
+from xkiproxy.server.trend import STEP_SECONDS, Trend
+
+_PAGE_HEADERS = {
+    "Content-Security-Policy": POLICY,
+    "Cache-Control": "no-store",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
 
 
 class Overview(Protocol):
@@ -20,6 +34,10 @@ class Overview(Protocol):
 
     async def metrics(self) -> bytes:
         """In the text format of Prometheus."""
+        ...
+
+    async def snapshot(self) -> Snapshot:
+        """The same as numbers."""
         ...
 
     async def problems(self) -> list[str]:
@@ -41,6 +59,10 @@ class OneProcess:
         """See `Overview`."""
         return generate_latest(self._runtime.metrics.registry)
 
+    async def snapshot(self) -> Snapshot:
+        """See `Overview`."""
+        return self._runtime.metrics.collection.snapshot()
+
     async def problems(self) -> list[str]:
         """See `Overview`."""
         return self._runtime.problems()
@@ -53,17 +75,32 @@ class OneProcess:
 @asynccontextmanager
 async def admin_listener(address: str, overview: Overview) -> AsyncIterator[None]:
     """Serve the admin endpoints; raises OSError if the address cannot be had."""
-    runner = web.AppRunner(_application(overview), access_log=None)
+    trend = Trend(REQUEST_BUCKETS)
+    runner = web.AppRunner(_application(overview, trend), access_log=None)
     await runner.setup()
+    sampling = asyncio.create_task(_sample(overview, trend))
     try:
         await web.SockSite(runner, bind(address)).start()
         yield
     finally:
+        sampling.cancel()
         await runner.cleanup()
 
 
-def _application(overview: Overview) -> web.Application:
+async def _sample(overview: Overview, trend: Trend) -> None:
+    """For the page's plots, until cancelled."""
+    while True:
+        trend.add(time.monotonic(), await overview.snapshot())
+        await asyncio.sleep(STEP_SECONDS)
+
+
+def _application(overview: Overview, trend: Trend) -> web.Application:
     app = web.Application()
+
+    async def page(_: web.Request) -> web.Response:
+        status, snapshot = await overview.status(), await overview.snapshot()
+        text = render(status, snapshot, trend.points(), datetime.now(UTC))
+        return web.Response(text=text, content_type="text/html", headers=_PAGE_HEADERS)
 
     async def metrics(_: web.Request) -> web.Response:
         body = await overview.metrics()
@@ -82,6 +119,7 @@ def _application(overview: Overview) -> web.Application:
         body = orjson.dumps(await overview.status(), option=orjson.OPT_INDENT_2)
         return web.Response(body=body, content_type="application/json")
 
+    app.router.add_get("/", page)
     app.router.add_get("/metrics", metrics)
     app.router.add_get("/livez", livez)
     app.router.add_get("/readyz", readyz)

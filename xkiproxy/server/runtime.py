@@ -359,6 +359,10 @@ def _store_status(tenant: Tenant) -> dict[str, Any]:
         "path": tenant.base,
         "availability": tenant.store.health().availability.value,
         "kmis": [kmi.name for kmi in tenant.store.kmis],
+        "credentials": [
+            {"access_key_id": name, "created": created}
+            for name, created in tenant.store.signing_keys.created.items()
+        ],
     }
 
 

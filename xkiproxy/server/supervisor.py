@@ -254,13 +254,17 @@ class Supervisor:
     # ---- overview ----------------------------------------------------------------------------
 
     async def metrics(self) -> bytes:
+        """See `Overview`."""
+        snapshot = await self.snapshot()
+        self._metrics.collection.read = lambda: snapshot
+        return generate_latest(self._metrics.registry)
+
+    async def snapshot(self) -> Snapshot:
         """See `Overview`: what all workers have counted, those that ended among them."""
         await asyncio.gather(*(self._ask(worker) for worker in self._workers))
         collection = self._metrics.collection
         snapshots = [from_json(report["metrics"]) for report in self._reports()]
-        merged = collection.merge([collection.snapshot(), self._ended, *snapshots])
-        collection.read = lambda: _with_one_state(merged)
-        return generate_latest(self._metrics.registry)
+        return _with_one_state(collection.merge([collection.snapshot(), self._ended, *snapshots]))
 
     async def problems(self) -> list[str]:
         """See `Overview`: a server is ready when all of its workers are."""
