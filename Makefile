@@ -1,6 +1,7 @@
 # Everything a fresh Debian machine with Python 3.11 and make needs, in two commands:
 #   make run    a proxy with one key store and one key, on https://localhost:8443
 #   make test   linters and all tests
+#   make dashboards   grafana/dashboards anew, after a change in grafana/source
 #   make bench  the benchmark with its targets; make bench-quick in a minute
 # The tests hold the hot path to its budget of instructions; `make gate` shows the table alone.
 PYTHON ?= python3
@@ -8,7 +9,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 DEMO   ?= run/demo
 
-.PHONY: run test lint bench bench-quick gate system-packages clean
+.PHONY: run test lint dashboards bench bench-quick gate system-packages clean
 
 run: $(BIN)/.installed
 	@test -e $(DEMO)/xkiproxy.toml || $(BIN)/xkiproxy init $(DEMO)
@@ -22,6 +23,9 @@ lint: $(BIN)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+dashboards: $(BIN)/.installed-test
+	$(BIN)/python -m grafana.source
 
 bench: system-packages $(BIN)/.installed-bench
 	$(BIN)/xkiproxy-bench run --output run/bench/results.json --plots run/bench

@@ -26,6 +26,7 @@ need_file libc6-dev /usr/include/stdio.h
 need valgrind valgrind
 [ -x /usr/sbin/rsyslogd ] || need rsyslogd rsyslog
 [ -x /usr/sbin/haproxy ] || need haproxy haproxy
+need promtool prometheus
 need_file rsyslog-openssl /usr/lib/*/rsyslog/lmnsd_ossl.so
 need systemd-analyze systemd
 need chromium chromium

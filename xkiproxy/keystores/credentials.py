@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import tomllib
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 from xkiproxy.config.secrets import SecretSource
@@ -21,6 +22,15 @@ class Credential:
     access_key_id: str
     access_key_secret: str = field(repr=False)
     created: str
+
+    @property
+    def created_at(self) -> float | None:
+        """`created` in seconds since the epoch; None if it is no date."""
+        try:
+            made = datetime.fromisoformat(self.created)
+        except ValueError:
+            return None
+        return (made if made.tzinfo else made.replace(tzinfo=UTC)).timestamp()
 
 
 class CredentialError(Exception):

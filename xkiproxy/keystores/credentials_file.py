@@ -11,7 +11,6 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
 from pathlib import Path
 
 import tomli_w
@@ -42,7 +41,7 @@ def newest(credentials: Sequence[Credential]) -> Credential | None:
     """The credential that was created last; of several, the one that stands last."""
     if not credentials:
         return None
-    return max(enumerate(credentials), key=lambda item: (_created(item[1]), item[0]))[1]
+    return max(enumerate(credentials), key=lambda item: (item[1].created_at or 0.0, item[0]))[1]
 
 
 @contextmanager
@@ -112,11 +111,3 @@ def _sync_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _created(credential: Credential) -> datetime:
-    try:
-        created = datetime.fromisoformat(credential.created)
-    except ValueError:
-        return datetime.min.replace(tzinfo=UTC)
-    return created if created.tzinfo else created.replace(tzinfo=UTC)

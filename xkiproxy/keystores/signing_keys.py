@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 
 from xkiproxy.keystores.credentials import Credential
 
@@ -24,11 +24,12 @@ class CachedSigningKeys:
     takes, which of them is known.
     """
 
-    def __init__(self, credentials: Iterable[Credential]) -> None:
-        known = list(credentials)
-        self._secrets = {c.access_key_id: c.access_key_secret for c in known}
-        self.created = {c.access_key_id: c.created for c in known}
+    def __init__(self, credentials: Sequence[Credential]) -> None:
+        self._secrets = {c.access_key_id: c.access_key_secret for c in credentials}
+        self.created = {c.access_key_id: c.created for c in credentials}
         """When each was made, as its file says (RFC 3339)."""
+        self.oldest = min((c.created_at for c in credentials if c.created_at), default=None)
+        """When the oldest credential was made, in seconds since the epoch, if that is known."""
         self._nobodys_secret = secrets.token_urlsafe(32)
         self._scopes: dict[str, dict[str | None, Mac]] = {}
 

@@ -93,6 +93,7 @@ class KmiMetrics:
         self._operations: dict[tuple[type, str], tuple[Distribution, Count]] = {}
         self.batch_size = metrics.kmi_batch_size.labels(kmi)
         self.queue_depth = metrics.kmi_queue_depth.labels(kmi)
+        self.queue_capacity = metrics.kmi_queue_capacity.labels(kmi)
         self._lanes = {state: metrics.kmi_lanes.labels(kmi, state) for state in _LANE_STATES}
 
     def finished(self, kind: type, seconds: float, outcome: str) -> None:
@@ -223,6 +224,7 @@ class QueuedKmi:
         self._metrics = metrics
         self._queue: deque[_Item] = deque()
         self._queue_size = queue_size
+        metrics.queue_capacity.set(queue_size)
         self._max_batch = max_batch
         self._epoch = 0
         self._pumping = False

@@ -62,6 +62,9 @@ class Metrics:
         self.kmi_queue_depth = gauge(
             "xkiproxy_kmi_queue_depth", "Operations waiting for a lane.", "kmi"
         )
+        self.kmi_queue_capacity = gauge(
+            "xkiproxy_kmi_queue_capacity", "Operations that may wait; more are refused.", "kmi"
+        )
         self.kmi_batch_size = histogram(
             "xkiproxy_kmi_batch_size", "Operations that a lane took in one go.",
             "kmi", bounds=_BATCH_BUCKETS,
@@ -86,7 +89,15 @@ class Metrics:
             "xkiproxy_tls_certificate_expiry_timestamp_seconds", "When the certificate expires.",
             "listener", merge=max,
         )  # fmt: skip
+        self.credential_created = gauge(
+            "xkiproxy_credential_created_timestamp_seconds",
+            "When the oldest credential of a key store was made.",
+            "keystore", merge=min,
+        )  # fmt: skip
         self.reloads = counter("xkiproxy_reloads", "Reloads of the configuration.", "outcome")
+        for outcome in ("ok", "failed"):
+            # From 0 on: the first failure must be seen as a change.
+            self.reloads.labels(outcome)
         self.worker_restarts = counter("xkiproxy_worker_restarts", "Worker processes replaced.")
         audit_records = counter("xkiproxy_audit_records", "Audit records written.")
         self.audit_records = audit_records.labels()

@@ -122,6 +122,10 @@ class Family(Generic[_Child]):
             child = self._children[values] = self._make()
         return child
 
+    def clear(self) -> None:
+        """Forget all children: what they were about is no more."""
+        self._children.clear()
+
     def values(self) -> dict[tuple[str, ...], Values]:
         """What all children have counted."""
         return {labels: child.values() for labels, child in self._children.items()}

@@ -131,6 +131,11 @@ class Runtime:
         self.tenants = change.tenants
         self.context = change.context
         self.certificate = change.certificate
+        self.metrics.credential_created.clear()
+        for tenant in change.tenants:
+            if tenant.store.signing_keys.oldest is not None:
+                created = self.metrics.credential_created.labels(tenant.store.name)
+                created.set(tenant.store.signing_keys.oldest)
         tls = change.config.server.tls
         if tls is not None:
             expiry = load_certificate(tls.certificate).not_valid_after_utc
