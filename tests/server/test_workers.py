@@ -171,3 +171,14 @@ def test_lanes_are_divided(tmp_path: Path) -> None:
         name="hsm", type="pkcs11", module=tmp_path / "m", token="t", pin=tmp_path / "p", lanes=5
     )
     assert [settings.share(index, 3).lanes for index in range(3)] == [2, 2, 1]
+
+
+def test_metrics_are_read_while_a_worker_ends(server: Workers) -> None:
+    """Who meets the end of a worker first may be whoever reads the metrics."""
+    (pid, *_) = server.pids().values()
+    os.kill(pid, signal.SIGKILL)
+    deadline = time.monotonic() + 30
+    while server.sample("xkiproxy_worker_restarts_total") == 0:
+        assert server.admin("metrics")[0] == 200
+        assert time.monotonic() < deadline, "the worker was not replaced"
+    wait_for(lambda: server.admin("readyz")[0] == 200)

@@ -300,7 +300,8 @@ class Supervisor:
 async def _say(worker: _Worker, command: bytes) -> Any:
     """What a worker answers; None if it does not."""
     async with worker.asking:
-        if worker.reader is None or worker.writer is None:
+        if worker.reader is None or worker.writer is None or worker.writer.is_closing():
+            # uvloop closes a channel at its end, and raises a RuntimeError when it is written to.
             return None
         try:
             worker.writer.write(command + b"\n")
