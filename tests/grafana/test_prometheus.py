@@ -1,0 +1,342 @@
+"""A real Prometheus scrapes two proxies under a load with planted failures; all is asked of it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cloud
+import pytest
+from boards import RULES, Expression, of_panels, of_rules, rules
+from cloud import Cloud
+from hsm import Hsm, children, make_hsm, ready_lanes
+from test_end_to_end import BASE, Installation, free_ports, wait_for
+
+pytestmark = pytest.mark.timeout(180)
+
+MAY_BE_EMPTY = {
+    # There is data only while there is no proxy; test_alerts.py shows it.
+    "XkiproxyAbsent",
+}
+ROUNDS = 8
+CONNECTIONS = 4
+
+_POLICY = """\
+permit(principal, action, resource)
+unless { principal == Principal::"acs:ram::1:user/intruder" };
+"""
+
+_MORE = """
+hedge_after_ms = 1
+deadline_ms = 2000
+policies = "policies"
+
+[[kmi]]
+name = "second"
+type = "pkcs11"
+module = "{module}"
+token = "{token}"
+pin = {{ file = "{pin}" }}
+lanes = 1
+
+[[keystore]]
+name = "narrow"
+protocol = "xki"
+path_prefix = "/narrow"
+kmi = ["local"]
+credentials = "credentials/demo.toml"
+quota.all = {{ rate = 0.001, burst = 1 }}
+
+[[keystore]]
+name = "elsewhere"
+protocol = "xki"
+path_prefix = "/elsewhere"
+kmi = ["local"]
+credentials = "credentials/demo.toml"
+source_networks = ["192.0.2.0/24"]
+"""
+
+
+class Clouded(Installation):
+    """Two KMIs on a token, three key stores, and all that can go wrong with a request."""
+
+    def __init__(self, directory: Path, hsm: Hsm) -> None:
+        self._hsm = hsm
+        super().__init__(directory)
+        text = self.config.read_text().replace('kmi = ["local"]', 'kmi = ["local", "second"]')
+        text = text.replace("[server]", f"[server]\nmax_connections = {CONNECTIONS}", 1)
+        more = _MORE.format(module=hsm.module, token=hsm.token, pin=hsm.pin_file)
+        self.config.write_text(text + more)
+        (directory / "policies").mkdir()
+        (directory / "policies" / "demo.cedar").write_text(_POLICY)
+        self.run("keys", "enable", "demo-key", "--kmi", "second")
+
+    def run(
+        self, *arguments: str, status: int = 0, config: bool = True, stdin: str = ""
+    ) -> subprocess.CompletedProcess[str]:
+        if arguments[0] == "init":
+            arguments += (
+                "--kmi", "pkcs11", "--module", str(self._hsm.module),
+                "--token", self._hsm.token, "--pin-file", str(self._hsm.pin_file),
+            )  # fmt: skip
+        return super().run(*arguments, status=status, config=config, stdin=stdin)
+
+    def codes_of_a_round(self) -> list[int]:
+        """One request of each kind, right and wrong; their statuses."""
+        path, body = f"{BASE}/keys/demo-key/encrypt", self.cloud.body(Plaintext="aGVsbG8=")
+        stranger = Cloud("XKISTRANGER0000000001", "a-secret-of-nobody-0123456789", self.cloud.host)
+        liar = Cloud(self.cloud.access_key_id, "not-the-secret-0123456789", self.cloud.host)
+        signed = self.cloud.headers(path, body)
+        metadata = {**cloud.METADATA, "PrincipalArn": "acs:ram::1:user/intruder"}
+        denied = json.dumps({"RequestMetadata": metadata, "Plaintext": "aGVsbG8="}).encode()
+        status, made = self.encrypt(b"hello")
+        if status == 200:
+            assert self.decrypt(made) == b"hello"
+        narrow, elsewhere = (path.replace("/demo", name, 1) for name in ("/narrow", "/elsewhere"))
+        return [
+            status,
+            self.call("health")[0],
+            self.call("random", Length=16)[0],
+            self.call("meta", "demo-key")[0],
+            self.call("encrypt", "no-such-key", Plaintext="aGVsbG8=")[0],
+            self.call("decrypt", "demo-key", CiphertextBlob="AAAAAAA=", Iv="AAAA")[0],
+            self.send(path, body, signed)[0],
+            self.send(path, body, signed)[0],  # a replay
+            self.send(path, body, liar.headers(path, body))[0],
+            self.send(path, body, stranger.headers(path, body))[0],
+            self.send(path, denied, self.cloud.headers(path, denied))[0],
+            self.send(narrow, body, self.cloud.headers(narrow, body))[0],
+            self.send(elsewhere, body, self.cloud.headers(elsewhere, body))[0],
+            self.send("/nowhere", body, self.cloud.headers("/nowhere", body))[0],
+        ]
+
+    def connect_too_often(self) -> None:
+        with contextlib.ExitStack() as stack:
+            for _ in range(CONNECTIONS + 2):
+                plain = socket.create_connection(("127.0.0.1", self.port), timeout=10)
+                tls = self.trust.wrap_socket(plain, server_hostname="localhost")
+                stack.enter_context(tls)
+            wait_for(lambda: 'reason="connections"' in self.admin("metrics")[1])
+        wait_for(self._answers_again)
+
+    def _answers_again(self) -> bool:
+        try:
+            return self.call("health")[0] == 200
+        except OSError:
+            return False
+
+    def lanes_of(self, kmi: str) -> list[int]:
+        assert self.process is not None
+        titles = children(self.process.pid).items()
+        return [pid for pid, title in titles if title.endswith(f" of KMI {kmi}")]
+
+    def reloads(self) -> None:
+        """One that succeeds and one that fails."""
+        assert self.process is not None
+        text = self.config.read_text()
+        for content, outcome in ((text, "ok"), ("nonsense", "failed")):
+            self.config.write_text(content)
+            self.process.send_signal(signal.SIGHUP)
+            sample = f'xkiproxy_reloads_total{{outcome="{outcome}"}} 1.0'
+            wait_for(lambda sample=sample: sample in self.admin("metrics")[1])
+        self.config.write_text(text)
+
+    def lose_token(self) -> None:
+        """The KMIs are away: no lane, and none can be started."""
+        assert self.process is not None
+        (self._hsm.directory / "tokens").rename(self._hsm.directory / "away")
+        pid = self.process.pid
+
+        def is_away() -> bool:
+            for lane in children(pid) and ready_lanes(pid).values():
+                os.kill(lane, signal.SIGKILL)
+            for kmi in ("local", "second"):
+                for lane in self.lanes_of(kmi):
+                    os.kill(lane, signal.SIGKILL)
+            text = self.admin("metrics")[1]
+            return all(
+                f'xkiproxy_kmi_state{{kmi="{kmi}",state="disconnected"}} 1.0' in text
+                for kmi in ("local", "second")
+            )
+
+        wait_for(is_away)
+
+
+class Balanced(Installation):
+    """Two workers that expect a load balancer's PROXY header."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        text = self.config.read_text().replace("workers = 1 ", "workers = 2 ")
+        balancer = '[server.proxy_protocol]\ntrusted = ["127.0.0.0/8"]\n'
+        self.config.write_text(text + balancer)
+
+    def refuse_a_connection(self) -> None:
+        with socket.create_connection(("127.0.0.1", self.port), timeout=10) as client:
+            client.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            with contextlib.suppress(ConnectionResetError):
+                assert client.recv(1) == b""
+
+    def lose_a_worker(self) -> None:
+        assert self.process is not None
+        (worker, *_) = children(self.process.pid)
+        os.kill(worker, signal.SIGKILL)
+        wait_for(lambda: "xkiproxy_worker_restarts_total 1.0" in self.admin("metrics")[1])
+        wait_for(lambda: self.admin("readyz")[0] == 200)
+
+
+class Prometheus:
+    """Debian's server on a configuration of ours."""
+
+    def __init__(self, directory: Path, targets: list[str]) -> None:
+        (self.port,) = free_ports(1)
+        directory.mkdir()
+        config = {
+            "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
+            "rule_files": [str(path) for path in RULES],
+            "scrape_configs": [
+                {"job_name": "xkiproxy", "static_configs": [{"targets": targets}]},
+            ],
+        }
+        (directory / "prometheus.yml").write_text(json.dumps(config))  # JSON is YAML
+        with (directory / "prometheus.log").open("wb") as log:
+            self.process = subprocess.Popen(
+                ["prometheus", f"--config.file={directory}/prometheus.yml",
+                 f"--storage.tsdb.path={directory}/data",
+                 f"--web.listen-address=127.0.0.1:{self.port}"],
+                stdout=log, stderr=log,
+            )  # fmt: skip
+
+    def ask(self, path: str, **fields: str) -> Any:
+        """The data of an answer of the HTTP API; fails on an error."""
+        url = f"http://127.0.0.1:{self.port}/api/v1/{path}"
+        body = urllib.parse.urlencode(fields).encode() if fields else None
+        with urllib.request.urlopen(url, body, timeout=30) as response:
+            answer = json.loads(response.read())
+        assert answer["status"] == "success", answer
+        return answer["data"]
+
+    def has_data(self, expression: str) -> bool:
+        """Whether an expression has a value; fails where Prometheus does not understand it."""
+        try:
+            data = self.ask("query", query=expression)
+        except urllib.error.HTTPError as error:
+            pytest.fail(f"{expression}: {error.read().decode()}")
+        if data["resultType"] == "scalar":
+            return True
+        return any(not math.isnan(float(sample["value"][1])) for sample in data["result"])
+
+    def stop(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(timeout=20)
+        finally:
+            self.process.kill()
+
+
+@pytest.fixture(scope="module")
+def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
+    """After all of the load."""
+    folder = tmp_path_factory.mktemp("monitoring")
+    patch = pytest.MonkeyPatch()
+    first = Clouded(folder / "first" / "demo", make_hsm(folder / "hsm", patch))
+    second = Balanced(folder / "second" / "demo")
+    server = None
+    try:
+        first.start()
+        second.start()
+        targets = [f"127.0.0.1:{made.admin_port}" for made in (first, second)]
+        server = Prometheus(folder / "prometheus", targets)
+        wait_for(lambda: _scraped(server) == 2)
+        plant(first, second)
+        yield server
+    finally:
+        if server is not None:
+            server.stop()
+        for made in (first, second):
+            made.stop()
+        patch.undo()
+
+
+def _scraped(server: Prometheus) -> int:
+    try:
+        return len(server.ask("query", query="xkiproxy_build_info")["result"])
+    except OSError:
+        return 0
+
+
+def plant(first: Clouded, second: Balanced) -> None:
+    """A mixed load over some seconds, in which everything that is measured happens."""
+    seen = []
+    for number in range(ROUNDS):
+        seen.append(first.codes_of_a_round())
+        first.connect_too_often()
+        second.refuse_a_connection()
+        if number == 2:
+            first.reloads()
+            second.lose_a_worker()
+        if number in {3, 5}:
+            # Served by the second KMI meanwhile.
+            for lane in first.lanes_of("local"):
+                os.kill(lane, signal.SIGKILL)
+        time.sleep(0.5)
+    good = [200, 200, 200, 200, 404, 400, 200, 401, 401, 401, 403]
+    assert seen[0] == [*good, 200, 403, 404]
+    assert seen[1] == [*good, 429, 403, 404]
+    first.lose_token()
+    for _ in range(3):
+        assert first.codes_of_a_round()[0] == 503
+        time.sleep(1.1)
+
+
+def test_every_expression_has_data(prometheus: Prometheus) -> None:
+    wanted = [*of_panels(), *of_rules()]
+    assert len(wanted) > 100
+    missing: list[Expression] = wanted
+    deadline = time.monotonic() + 30
+    while missing and time.monotonic() < deadline:
+        missing = [
+            one for one in missing if one.where in MAY_BE_EMPTY or not prometheus.has_data(one.text)
+        ]
+        if {one.where for one in missing} <= MAY_BE_EMPTY:
+            break
+        time.sleep(1)
+    assert {one.where for one in missing} == MAY_BE_EMPTY
+
+
+def test_every_recorded_series_is_there(prometheus: Prometheus) -> None:
+    for rule in rules("record"):
+        wait_for(lambda name=rule["record"]: prometheus.has_data(name))
+
+
+def test_every_rule_is_evaluated_without_an_error(prometheus: Prometheus) -> None:
+    found = [rule for group in prometheus.ask("rules")["groups"] for rule in group["rules"]]
+    assert len(found) == len(rules("record")) + len(rules("alert"))
+    assert [rule["name"] for rule in found if rule["health"] != "ok"] == []
+
+
+def test_what_was_planted_raises_alerts_whose_texts_are_whole(prometheus: Prometheus) -> None:
+    def active() -> dict[str, Any]:
+        return {alert["labels"]["alertname"]: alert for alert in prometheus.ask("alerts")["alerts"]}
+
+    planted = {"XkiproxyKmiDisconnected", "XkiproxyLanesFlapping"}
+    wait_for(lambda: planted <= set(active()))
+    print(sorted(active()))
+    for name, alert in active().items():
+        texts = " ".join(alert["annotations"].values())
+        assert "<no value>" not in texts, name
+        assert "rror " not in texts, name
+    assert "KMI local is away" in {
+        alert["annotations"]["summary"] for alert in prometheus.ask("alerts")["alerts"]
+    }
