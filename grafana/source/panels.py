@@ -192,6 +192,7 @@ def states(
     """States over time; `names` has the name and colour of each value."""
     found = {str(value): ValueMappingResult(*names[value]) for value in names}
     panel = _panel(statetimeline.Panel(), title, description, queries, width, 6)
+    panel = panel.line_width(0).fill_opacity(70)
     return panel.mappings([ValueMap(found)]).thresholds(_thresholds(((None, BLUE),)))
 
 

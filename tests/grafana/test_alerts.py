@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml
-from boards import ROOT, RULES, rules, without_thresholds
+from boards import BOARDS, ROOT, RULES, panels, rules, without_thresholds
+
+from xkiproxy.cli.app import app
 
 TESTS = sorted((ROOT / "grafana" / "rules" / "tests").glob("*.yml"))
 RUNBOOK = ROOT / "docs" / "runbook.md"
@@ -63,6 +66,36 @@ def test_an_alert_says_what_to_do(name: str) -> None:
 def test_the_runbook_has_no_section_of_an_alert_that_is_no_more() -> None:
     titles = re.findall(r"^## (Xkiproxy\w+)$", RUNBOOK.read_text(), flags=re.MULTILINE)
     assert sorted(titles) == sorted(ALERTS)
+
+
+def test_the_panels_that_the_runbook_names_are_there() -> None:
+    titles = {panel["title"] for path in BOARDS for panel in panels(path)}
+    text = re.sub(r"```.*?```|`[^`]*`", "", RUNBOOK.read_text(), flags=re.DOTALL)
+    named = {" ".join(name.split()) for name in re.findall(r'"([A-Z][^"]+)"', text)}
+    assert len(named) > 10
+    assert named - titles == set()
+
+
+def test_the_commands_that_the_runbook_names_are_there() -> None:
+    """With their options."""
+    used = re.findall(r"xkiproxy ((?:[a-z][a-z-]+ ?)+)([^`\n]*)[`\n]", _code(RUNBOOK.read_text()))
+    assert len(used) > 20
+    for words, rest in used:
+        command: Any = typer.main.get_command(app)
+        for word in words.split():
+            if not hasattr(command, "commands"):
+                break  # an argument
+            assert word in command.commands, words
+            command = command.commands[word]
+        options = {option for parameter in command.params for option in parameter.opts}
+        assert set(re.findall(r"--[a-z-]+", rest)) <= options, (words, rest)
+
+
+def _code(text: str) -> str:
+    """What stands in code, a line each."""
+    found = re.findall(r"```sh\n(.*?)```|`([^`]+)`", text, flags=re.DOTALL)
+    lines = "\n".join(block or inline.replace("\n", " ") for block, inline in found) + "\n"
+    return re.sub(r"#.*|^(?!xkiproxy ).*", "", lines, flags=re.MULTILINE)
 
 
 def test_thresholds_are_found() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -21,6 +22,7 @@ from xkiproxy.protocols.xks import errors as xks
 
 NAMES = ("xkiproxy-kmi", "xkiproxy-overview", "xkiproxy-security")
 TOO_LARGE = 501
+UNITS = {"s", "reqps", "ops", "percentunit", "short"}
 
 _METRIC = re.compile(r"\bxkiproxy_[a-z_]+")
 _SUFFIX = re.compile(r"_(bucket|count|sum|total)$")
@@ -57,13 +59,17 @@ def test_every_panel_says_what_is_good_and_has_its_unit(path: Path) -> None:
         assert "good" in panel["description"].lower() or "Dashed" in panel["description"], panel
         assert panel["targets"], panel["title"]
         assert panel["datasource"]["uid"] == "${datasource}"
-        in_seconds = "_seconds" in panel["targets"][0]["expr"] and "cpu" not in str(panel)
-        unit = (
-            panel["fieldConfig"]["defaults"].get("unit") or panel["options"]["yAxis"]["unit"]
-            if panel["type"] != "state-timeline"
-            else ""
-        )
-        assert (unit == "s") == in_seconds, panel["title"]
+        if panel["type"] != "state-timeline":
+            assert unit(panel) in UNITS, panel["title"]
+            times = {"_seconds_bucket", "_seconds_sum", "_timestamp_seconds"}
+            expression = panel["targets"][0]["expr"]
+            assert (unit(panel) == "s") == any(name in expression for name in times), panel
+
+
+def unit(panel: dict[str, Any]) -> str:
+    if panel["type"] == "heatmap":
+        return str(panel["options"]["yAxis"]["unit"])
+    return str(panel["fieldConfig"]["defaults"]["unit"])
 
 
 @pytest.mark.parametrize("path", BOARDS, ids=lambda path: path.stem)
