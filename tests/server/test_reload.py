@@ -219,3 +219,26 @@ def test_under_load_nothing_is_lost(server: Workers) -> None:
 def test_without_a_server(tmp_path: Path) -> None:
     made = Installation(tmp_path / "demo")
     assert "is the server running?" in made.run("reload", status=1).stderr
+
+
+def test_the_date_of_the_oldest_credential_is_shown(server: Workers) -> None:
+    name = "xkiproxy_credential_created_timestamp_seconds"
+    path = server.directory / "credentials" / "demo.toml"
+    (first,) = tomllib.loads(path.read_text())["credential"]
+    made = datetime.fromisoformat(first["created"]).timestamp()
+    assert server.sample(name, keystore="demo") == made
+    path.write_text(path.read_text().replace(first["created"], "2025-01-01T00:00:00Z"))
+    server.run("credentials", "add", "--keystore", "demo")
+    original = server.config.read_text()
+    server.config.write_text(original + SECOND)
+    reload(server)
+    oldest = datetime(2025, 1, 1, tzinfo=UTC).timestamp()
+    for keystore in ("demo", "second"):
+        assert server.sample(name, keystore=keystore) == oldest
+    server.run("credentials", "revoke", first["access_key_id"], "--keystore", "demo")
+    server.config.write_text(original)
+    reload(server)
+    assert server.sample(name, keystore="demo") > made - 1
+    assert 'keystore="second"' not in "".join(
+        line for line in server.admin("metrics")[1].splitlines() if line.startswith(name)
+    )

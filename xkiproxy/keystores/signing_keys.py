@@ -28,7 +28,7 @@ class CachedSigningKeys:
         self._secrets = {c.access_key_id: c.access_key_secret for c in credentials}
         self.created = {c.access_key_id: c.created for c in credentials}
         """When each was made, as its file says (RFC 3339)."""
-        self.oldest = min((c.created_at for c in credentials if c.created_at), default=None)
+        self.oldest = min(filter(None, (c.created_at for c in credentials)), default=None)
         """When the oldest credential was made, in seconds since the epoch, if that is known."""
         self._nobodys_secret = secrets.token_urlsafe(32)
         self._scopes: dict[str, dict[str | None, Mac]] = {}
