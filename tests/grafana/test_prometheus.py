@@ -245,19 +245,17 @@ class Prometheus:
             self.process.kill()
 
 
-@pytest.fixture(scope="module")
-def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
+@pytest.fixture
+def prometheus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Prometheus]:
     """After all of the load."""
-    folder = tmp_path_factory.mktemp("monitoring")
-    patch = pytest.MonkeyPatch()
-    first = Clouded(folder / "first" / "demo", make_hsm(folder / "hsm", patch))
-    second = Balanced(folder / "second" / "demo")
+    first = Clouded(tmp_path / "first" / "demo", make_hsm(tmp_path / "hsm", monkeypatch))
+    second = Balanced(tmp_path / "second" / "demo")
     server = None
     try:
         first.start()
         second.start()
         targets = [f"127.0.0.1:{made.admin_port}" for made in (first, second)]
-        server = Prometheus(folder / "prometheus", targets)
+        server = Prometheus(tmp_path / "prometheus", targets)
         wait_for(lambda: _scraped(server) == 2)
         plant(first, second)
         yield server
@@ -266,7 +264,6 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]
             server.stop()
         for made in (first, second):
             made.stop()
-        patch.undo()
 
 
 def _scraped(server: Prometheus) -> int:
@@ -300,7 +297,15 @@ def plant(first: Clouded, second: Balanced) -> None:
         time.sleep(1.1)
 
 
-def test_every_expression_has_data(prometheus: Prometheus) -> None:
+def test_panels_rules_and_alerts(prometheus: Prometheus) -> None:
+    """One test, so that the load is made once, however many processes run tests."""
+    every_expression_has_data(prometheus)
+    every_recorded_series_is_there(prometheus)
+    every_rule_is_evaluated_without_an_error(prometheus)
+    what_was_planted_raises_alerts_whose_texts_are_whole(prometheus)
+
+
+def every_expression_has_data(prometheus: Prometheus) -> None:
     wanted = [*of_panels(), *of_rules()]
     assert len(wanted) > 100
     missing: list[Expression] = wanted
@@ -315,18 +320,18 @@ def test_every_expression_has_data(prometheus: Prometheus) -> None:
     assert {one.where for one in missing} == MAY_BE_EMPTY
 
 
-def test_every_recorded_series_is_there(prometheus: Prometheus) -> None:
+def every_recorded_series_is_there(prometheus: Prometheus) -> None:
     for rule in rules("record"):
         wait_for(lambda name=rule["record"]: prometheus.has_data(name))
 
 
-def test_every_rule_is_evaluated_without_an_error(prometheus: Prometheus) -> None:
+def every_rule_is_evaluated_without_an_error(prometheus: Prometheus) -> None:
     found = [rule for group in prometheus.ask("rules")["groups"] for rule in group["rules"]]
     assert len(found) == len(rules("record")) + len(rules("alert"))
     assert [rule["name"] for rule in found if rule["health"] != "ok"] == []
 
 
-def test_what_was_planted_raises_alerts_whose_texts_are_whole(prometheus: Prometheus) -> None:
+def what_was_planted_raises_alerts_whose_texts_are_whole(prometheus: Prometheus) -> None:
     def active() -> dict[str, Any]:
         return {alert["labels"]["alertname"]: alert for alert in prometheus.ask("alerts")["alerts"]}
 
