@@ -289,7 +289,7 @@ async def test_a_target_that_goes_away_is_counted() -> None:
 async def test_ciphertext_of_another_size_is_an_error() -> None:
     reply = answer(200, {**BLOB, "CiphertextBlob": "AAAA"})
     async with faulty(lambda *_: (0.0, reply)) as target:
-        result = await measured(target, call="encrypt")
+        result = await measured(target, call="encrypt", seconds=1.5)
     assert (result.ok, set(result.errors)) == (0, {"bad ciphertext"})
 
 
