@@ -41,7 +41,7 @@ class Pace:
 
 
 FULL = Pace(4.0, 5, 1_000_000)
-QUICK = Pace(0.7, 1, 30_000)
+QUICK = Pace(0.5, 1, 20_000)
 
 
 @dataclass
