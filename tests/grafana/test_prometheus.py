@@ -21,6 +21,7 @@ import pytest
 from boards import RULES, Expression, of_panels, of_rules, rules
 from cloud import Cloud
 from hsm import Hsm, children, make_hsm, ready_lanes
+from prometheus_client.parser import text_string_to_metric_families
 from test_end_to_end import BASE, Installation, free_ports, wait_for
 
 pytestmark = pytest.mark.timeout(180)
@@ -151,6 +152,27 @@ class Clouded(Installation):
             sample = f'xkiproxy_reloads_total{{outcome="{outcome}"}} 1.0'
             wait_for(lambda sample=sample: sample in self.admin("metrics")[1])
         self.config.write_text(text)
+
+    def fail_over(self) -> None:
+        """A request that the second KMI serves, since the first has lost its lanes."""
+        before = self._failovers()
+
+        def happened() -> bool:
+            for lane in self.lanes_of("local"):
+                os.kill(lane, signal.SIGKILL)
+            self.encrypt(b"hello")
+            return self._failovers() > before
+
+        wait_for(happened)
+
+    def _failovers(self) -> float:
+        families = text_string_to_metric_families(self.admin("metrics")[1])
+        return sum(
+            sample.value
+            for family in families
+            for sample in family.samples
+            if sample.name == "xkiproxy_kmi_failovers_total"
+        )
 
     def lose_token(self) -> None:
         """The KMIs are away: no lane, and none can be started."""
@@ -284,9 +306,7 @@ def plant(first: Clouded, second: Balanced) -> None:
             first.reloads()
             second.lose_a_worker()
         if number in {3, 5}:
-            # Served by the second KMI meanwhile.
-            for lane in first.lanes_of("local"):
-                os.kill(lane, signal.SIGKILL)
+            first.fail_over()
         time.sleep(0.5)
     good = [200, 200, 200, 200, 404, 400, 200, 401, 401, 401, 403]
     assert seen[0] == [*good, 200, 403, 404]
