@@ -259,7 +259,7 @@ def _audit(bench: Bench) -> Step:
     caller, _ = bench.protocol.open("encrypt", request.body)
 
     def step() -> None:
-        exchange = Exchange(bench.tenant, "encrypt", _KEY, request, timed=False)
+        exchange = Exchange(bench.tenant, "encrypt", _KEY, request, timing=None)
         exchange.access_key_id = _CREDENTIAL.access_key_id
         exchange.caller = caller
         exchange.key_id, exchange.kmi, exchange.version = _KEY, "local", 1

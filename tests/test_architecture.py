@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "observability": set(),
     "kmi": {"crypto", "config", "hardening", "observability", "storage"},
     "protocols": {"crypto", "config"},
-    "keystores": {"crypto", "config", "kmi", "storage"},
+    "keystores": {"crypto", "config", "kmi", "observability", "storage"},
     "conformance": set(),  # it shares no code with what it judges
     "server": {
         "crypto",

@@ -33,6 +33,7 @@ from xkiproxy.keystores.trail import Trail
 from xkiproxy.kmi.base import KmiState
 from xkiproxy.kmi.standing import Standing
 from xkiproxy.observability.metrics import FailoverMetrics, Metrics
+from xkiproxy.observability.timing import Timing
 
 OPERATION = Encrypt("k", b"plaintext")
 
@@ -48,7 +49,9 @@ class Scripted:
         self.standing = Standing()
         self.asked = 0
 
-    async def submit(self, operation: Operation, deadline: float) -> Result:
+    async def submit(
+        self, operation: Operation, deadline: float, timing: Timing | None = None
+    ) -> Result:
         self.asked += 1
         if self.script == "silent":
             await asyncio.sleep(deadline - time.monotonic())

@@ -51,10 +51,23 @@ async def _open_all(settings: Config) -> None:
         problems = [Problem("kmi", text) for text in runtime.problems()]
         for i, why in await unreachable(settings.audit):
             problems.append(Problem(f"audit.sink[{i}]", why))
+        problems += await asyncio.to_thread(_reach_collector, settings)
     finally:
         await runtime.close()
     if problems:
         raise ConfigError(settings.path, problems)
+
+
+def _reach_collector(settings: Config) -> list[Problem]:
+    from xkiproxy.observability.tracing import TracingError, reach  # noqa: PLC0415
+    from xkiproxy.server.runtime import tracing_options  # noqa: PLC0415
+
+    try:
+        if settings.tracing is not None:
+            reach(tracing_options(settings.tracing))
+    except TracingError as error:
+        return [Problem("tracing.endpoint", str(error))]
+    return []
 
 
 def _check_audit(settings: Config) -> list[Problem]:

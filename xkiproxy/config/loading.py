@@ -23,6 +23,7 @@ from xkiproxy.config.models import (
     KmiSettings,
     LogSettings,
     ServerSettings,
+    TracingSettings,
 )
 
 _Model = TypeVar("_Model", bound=BaseModel)
@@ -32,7 +33,9 @@ _TABLES: dict[str, type[BaseModel]] = {
     "catalog": CatalogSettings,
     "audit": AuditSettings,
     "log": LogSettings,
+    "tracing": TracingSettings,
 }
+_OPTIONAL = ("tracing",)
 _ARRAYS = ("kmi", "keystore")
 _SINK_TYPES = ("syslog", "stdout")
 
@@ -74,7 +77,11 @@ def load_config(path: Path) -> Config:
             problems.extend(_explain(error, where))
             return None
 
-    tables = {name: section(m, document.get(name, {}), name) for name, m in _TABLES.items()}
+    tables = {
+        name: section(model, document.get(name, {}), name)
+        for name, model in _TABLES.items()
+        if name in document or name not in _OPTIONAL
+    }
     kmis = [
         section(_kmi_model(data, where, problems), data, where)
         for where, data in _array(document, "kmi", problems)

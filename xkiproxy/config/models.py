@@ -496,6 +496,46 @@ class LogSettings(Section):
     format: Literal["text", "json"] = "text"
 
 
+_TRACES_URL = re.compile(_ORIGIN.pattern + r"(/[!-~]*)")
+
+
+def _traces_url(value: str) -> str:
+    if _TRACES_URL.fullmatch(value) is None:
+        raise ValueError('write it as "https://collector.example.com:4318/v1/traces"')
+    return value
+
+
+class TracingSettings(Section):
+    """OpenTelemetry traces of a sample of requests."""
+
+    endpoint: Annotated[str, AfterValidator(_traces_url)]
+    """Where spans are sent to by OTLP over HTTP (protobuf, gzip): the whole URL of a collector."""
+    sample_ratio: Annotated[float, Field(gt=0, le=1)] = 0.001
+    """Of how many requests: 1 for all, 0.001 for one in a thousand."""
+    headers: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9-]+$")], SecretSource] = {}
+    """What the collector wants beside, such as `{ Authorization = { file = "otlp.token" } }`; the
+    values are secrets."""
+    tls: ClientTlsSettings = ClientTlsSettings()
+    """How the collector proves who it is, and the proxy to it."""
+    plaintext: bool = False
+    """For an address of `http://`, on this machine only."""
+    service_name: str = "xkiproxy"
+    """The `service.name` of the resource."""
+    timeout_seconds: Seconds = 10
+    """For each message to the collector, with its repetitions."""
+
+    @model_validator(mode="after")
+    def _tls_or_loopback(self) -> Self:
+        match = _TRACES_URL.fullmatch(self.endpoint)
+        if match is None or (match[1] == "http") != self.plaintext:
+            raise ValueError("plaintext = true goes with an endpoint of http://, and only so")
+        if self.plaintext and not _is_loopback(match[2].strip("[]")):
+            raise ValueError("plaintext = true is for loopback addresses only")
+        if self.tls.server_name:
+            raise ValueError("tls.server_name is not possible here: use the certificate's name")
+        return self
+
+
 class Config(Section):
     """The whole file, and where it is."""
 
@@ -506,6 +546,7 @@ class Config(Section):
     catalog: CatalogSettings
     audit: AuditSettings
     log: LogSettings
+    tracing: TracingSettings | None = None
 
     def share(self, index: int) -> Config:
         """The configuration of one of several worker processes; `index` from 0.

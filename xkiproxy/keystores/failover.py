@@ -18,6 +18,7 @@ from xkiproxy.crypto.operations import Fault, Operation, OperationError, Result
 from xkiproxy.keystores.catalog import CatalogEntry
 from xkiproxy.kmi.base import KmiState
 from xkiproxy.kmi.dispatcher import Kmi
+from xkiproxy.observability.timing import Timing
 
 _DISCONNECTED = KmiState.DISCONNECTED
 
@@ -68,7 +69,12 @@ class Failover:
         self._hedge_after = hedge_after
 
     async def submit(
-        self, holders: Sequence[Holder], operation: Operation, deadline: float, enter: Enter
+        self,
+        holders: Sequence[Holder],
+        operation: Operation,
+        deadline: float,
+        enter: Enter,
+        timing: Timing | None = None,
     ) -> Served:
         """The result of the first KMI that gives one; those that are away are asked last.
 
@@ -84,10 +90,12 @@ class Failover:
             limit = began + (deadline - began) / 2 if left else deadline
             try:
                 if self._hedge_after is not None and left:
-                    served = await self._hedge(holder, left.pop(0), operation, deadline, enter)
+                    asked = (holder, left.pop(0))
+                    served = await self._hedge(*asked, operation, deadline, enter, timing)
                 else:
                     enter(holder)
-                    served = Served(await holder.kmi.submit(operation, limit), holder.kmi)
+                    result = await holder.kmi.submit(operation, limit, timing)
+                    served = Served(result, holder.kmi)
             except OperationError as error:
                 if error.fault not in _ELSEWHERE:
                     raise
@@ -101,12 +109,18 @@ class Failover:
                 return served
 
     async def _hedge(
-        self, one: Holder, other: Holder, operation: Operation, deadline: float, enter: Enter
+        self,
+        one: Holder,
+        other: Holder,
+        operation: Operation,
+        deadline: float,
+        enter: Enter,
+        timing: Timing | None,
     ) -> Served:
         """Ask the second when the first is slow, or fails; the first result counts."""
         enter(one)
-        first: asyncio.Future[Result] = asyncio.ensure_future(one.kmi.submit(operation, deadline))
-        asked = {first: one}
+        first = asyncio.ensure_future(one.kmi.submit(operation, deadline, timing))
+        asked: dict[asyncio.Future[Result], Holder] = {first: one}
         try:
             await asyncio.wait(asked, timeout=self._hedge_after)
             if not first.done() or _failed(first):
@@ -114,7 +128,8 @@ class Failover:
                     _note_failure(one.kmi, Fault.UNAVAILABLE, 0.0)
                 with suppress(OperationError):  # it may not be asked: the first has the last word
                     enter(other)
-                    asked[asyncio.ensure_future(other.kmi.submit(operation, deadline))] = other
+                    second = asyncio.ensure_future(other.kmi.submit(operation, deadline, timing))
+                    asked[second] = other
             task = await _first_good(asked)
             if len(asked) > 1:
                 self._counts.hedged("lost" if task is first else "won")

@@ -40,6 +40,7 @@ from xkiproxy.keystores.signing_keys import CachedSigningKeys
 from xkiproxy.keystores.trail import Trail
 from xkiproxy.kmi.base import KmiState
 from xkiproxy.kmi.dispatcher import Kmi
+from xkiproxy.observability.timing import Timing
 
 MAX_CHECK_AGE_SECONDS = 60.0
 """An older check of a KMI says nothing about it."""
@@ -112,7 +113,7 @@ class KeyStore:
             _check_state(entry)
             _check_usage(operation, entry)
         if self._failover is None:
-            result = await kmi.submit(operation, deadline)
+            result = await kmi.submit(operation, deadline, trail.timing)
         else:
             result, kmi = await self._submit_to_any(operation, deadline, trail)
         if isinstance(operation, Describe):
@@ -121,7 +122,7 @@ class KeyStore:
             trail.version = result.version
         if isinstance(operation, Encrypt) and operation.integrity:
             assert isinstance(result, Encrypted)  # noqa: S101 - the KMI's contract
-            return await _proven(operation, result, kmi, deadline)
+            return await _proven(operation, result, kmi, deadline, trail.timing)
         return result
 
     async def _draw(self, operation: Random, deadline: float, trail: Trail) -> Result:
@@ -129,7 +130,7 @@ class KeyStore:
         if self.authorizer is not None:
             self.authorizer.check(operation, None, self._catalog.revision, trail)
         if self._failover is None:
-            drawn = await self.kmis[0].submit(operation, deadline)
+            drawn = await self.kmis[0].submit(operation, deadline, trail.timing)
         else:
             drawn, _ = await self._submit_to_any(operation, deadline, trail)
         assert isinstance(drawn, RandomBytes)  # noqa: S101 - the KMI's contract
@@ -147,7 +148,8 @@ class KeyStore:
             if entry is not None and isinstance(operation, Encrypt | Decrypt):
                 _check_usage(operation, entry)
 
-        return await self._failover.submit(self._holders(operation), operation, deadline, enter)
+        holders = self._holders(operation)
+        return await self._failover.submit(holders, operation, deadline, enter, trail.timing)
 
     def _holders(self, operation: Operation) -> list[Holder]:
         if isinstance(operation, Random):
@@ -222,7 +224,9 @@ class KeyStore:
             self._wrapping -= 1
 
 
-async def _proven(operation: Encrypt, result: Encrypted, kmi: Kmi, deadline: float) -> Encrypted:
+async def _proven(
+    operation: Encrypt, result: Encrypted, kmi: Kmi, deadline: float, timing: Timing | None
+) -> Encrypted:
     """The result with its integrity value, once it has been shown to decrypt.
 
     The order matters (AWS XKS API): the value is made of what will be returned, and only then is
@@ -241,14 +245,16 @@ async def _proven(operation: Encrypt, result: Encrypted, kmi: Kmi, deadline: flo
         operation.aad,
         operation.format,
     )
-    if not await _decrypts_to(kmi, decrypt, operation.plaintext, deadline):
+    if not await _decrypts_to(kmi, decrypt, operation.plaintext, deadline, timing):
         raise OperationError(Fault.INTERNAL, "The key manager does not decrypt what it encrypted.")
     return replace(result, integrity=value)
 
 
-async def _decrypts_to(kmi: Kmi, operation: Decrypt, wanted: bytes, deadline: float) -> bool:
+async def _decrypts_to(
+    kmi: Kmi, operation: Decrypt, wanted: bytes, deadline: float, timing: Timing | None
+) -> bool:
     try:
-        result = await kmi.submit(operation, deadline)
+        result = await kmi.submit(operation, deadline, timing)
     except OperationError as error:
         if error.fault is Fault.INVALID_CIPHERTEXT:
             return False

@@ -25,6 +25,7 @@ from xkiproxy.kmi.base import BreakReason, InlineLane, KmiState, Lane, LaneError
 from xkiproxy.kmi.standing import Standing
 from xkiproxy.observability.metrics import Metrics
 from xkiproxy.observability.series import Count, Distribution
+from xkiproxy.observability.timing import Batch, Timing, Visit
 
 _log = logging.getLogger(__name__)
 
@@ -58,8 +59,12 @@ class Kmi(Protocol):
         """Whether `submit` would refuse: more than can be is waiting."""
         ...
 
-    async def submit(self, operation: Operation, deadline: float) -> Result:
+    async def submit(
+        self, operation: Operation, deadline: float, timing: Timing | None = None
+    ) -> Result:
         """The result of an operation; `deadline` on the clock of `time.monotonic`.
+
+        `timing` is told of the batch that it was in, where there is a queue.
 
         Raises:
             OperationError: what went wrong; THROTTLED when the queue is full, DEADLINE_EXCEEDED.
@@ -139,8 +144,11 @@ class InlineKmi:
         self._metrics = metrics
         metrics.set_lanes(idle=1)
 
-    async def submit(self, operation: Operation, deadline: float) -> Result:
+    async def submit(
+        self, operation: Operation, deadline: float, timing: Timing | None = None
+    ) -> Result:
         """See `Kmi.submit`."""
+        del timing  # all of its time is the operation's
         began = time.monotonic()
         outcome = "internal"
         try:
@@ -191,12 +199,18 @@ class InlineKmi:
 class _Item:
     """An operation on its way."""
 
-    __slots__ = ("attempts", "future", "operation")
+    __slots__ = ("attempts", "batch", "followed", "future", "operation")
 
-    def __init__(self, operation: Operation, future: asyncio.Future[Result]) -> None:
+    def __init__(
+        self, operation: Operation, future: asyncio.Future[Result], followed: bool
+    ) -> None:
         self.operation = operation
         self.future = future
         self.attempts = 0
+        self.followed = followed
+        """Whether somebody wants to know of its batch."""
+        if followed:
+            self.batch: Batch | None = None
 
 
 class QueuedKmi:
@@ -248,14 +262,16 @@ class QueuedKmi:
         count = len(self._lanes)
         self._supervisors = [self._loop.create_task(self._supervise(i)) for i in range(count)]
 
-    async def submit(self, operation: Operation, deadline: float) -> Result:
+    async def submit(
+        self, operation: Operation, deadline: float, timing: Timing | None = None
+    ) -> Result:
         """See `Kmi.submit`."""
         if self._breaker_open:
             raise _away()
         if self.is_full:
             raise OperationError(Fault.THROTTLED, "Too many requests wait for the key manager.")
         now = time.monotonic()
-        item = _Item(operation, self._loop.create_future())
+        item = _Item(operation, self._loop.create_future(), timing is not None)
         timer = self._loop.call_later(deadline - now, _expire, item)
         self._queue.append(item)
         self._schedule_pump()
@@ -269,7 +285,10 @@ class QueuedKmi:
             raise
         finally:
             timer.cancel()
-            self._metrics.finished(type(operation), time.monotonic() - now, outcome)
+            ended = time.monotonic()
+            self._metrics.finished(type(operation), ended - now, outcome)
+            if timing is not None:
+                timing.visits.append(Visit(self.name, now, item.batch, item.attempts, ended))
 
     async def check(self) -> None:
         """See `Kmi.check`: every lane that is there encrypts and decrypts with its probe key.
@@ -329,6 +348,9 @@ class QueuedKmi:
 
     async def _execute(self, lane: Lane, batch: list[_Item]) -> None:
         self._metrics.batch_size.observe(len(batch))
+        for item in batch:
+            if item.followed:
+                item.batch = Batch(self._index(lane), len(batch), time.monotonic())
         # When a quarter is left the lane may have its next batch: it goes on without a pause.
         nearly_done = len(batch) - 1 - len(batch) // 4
 
@@ -345,6 +367,10 @@ class QueuedKmi:
             # Whatever a lane raises, the requests it was given must get an answer.
             _log.exception("KMI %s: a lane failed", self.name)
             self._run_again(batch, started=True)
+
+    def _index(self, lane: Lane) -> int:
+        """Which lane it is; -1 for one that has just been taken away."""
+        return self._lanes.index(lane) if lane in self._lanes else -1
 
     def _free(self, lane: Lane) -> None:
         if lane in self._lanes:

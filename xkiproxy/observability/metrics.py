@@ -36,7 +36,7 @@ class Metrics:
         )  # fmt: skip
         self.requests_in_flight = gauge("xkiproxy_requests_in_flight", "Requests being worked on.")
         self.stage_duration = histogram(
-            "xkiproxy_stage_duration_seconds", "Parts of a request's time, of one request in 64.",
+            "xkiproxy_stage_duration_seconds", "Parts of a request's time, of some requests.",
             "stage", bounds=_STAGE_BUCKETS,
         )  # fmt: skip
         self.auth_failures = counter(

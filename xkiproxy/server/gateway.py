@@ -16,12 +16,14 @@ from datetime import UTC, datetime
 from random import getrandbits
 from typing import Any
 
-from xkiproxy.crypto.operations import Fault, Health, OperationError
+from xkiproxy.crypto.operations import Fault, Health, HealthReport, OperationError, Result
 from xkiproxy.keystores.keystore import KeyStore
 from xkiproxy.keystores.trail import Trail
 from xkiproxy.observability.audit import AuditError, Sink, encode
 from xkiproxy.observability.metrics import Metrics
 from xkiproxy.observability.series import Count, Distribution
+from xkiproxy.observability.timing import Timing
+from xkiproxy.observability.tracing import Period, Tracer
 from xkiproxy.protocols.base import Protocol, Refusal, Trouble
 from xkiproxy.server.condition import Condition
 from xkiproxy.server.http import Answer, PlainAnswer, Request
@@ -30,7 +32,10 @@ from xkiproxy.server.networks import Networks
 _log = logging.getLogger(__name__)
 
 _SAMPLED = 64
-"""One request in so many has its stages timed: to time them all would be a stage of its own."""
+"""One request in so many has its stages timed: to time them all would be a stage of its own.
+
+More are if more than that are traced.
+"""
 
 _CANNOT_SERVE = "The proxy cannot serve at the moment."
 _SUCCESS = "OK"
@@ -66,14 +71,14 @@ class Exchange(Trail):
     """
 
     __slots__ = (
-        "began", "body", "call", "code", "details", "headers", "key_segment", "marks", "reason",
-        "record", "request_id", "status", "tenant",
+        "began", "body", "call", "code", "details", "headers", "key_segment", "reason", "record",
+        "request_id", "status", "tenant",
     )  # fmt: skip
 
     def __init__(
-        self, tenant: Tenant, call: str, key_segment: str, request: Request, timed: bool
+        self, tenant: Tenant, call: str, key_segment: str, request: Request, timing: Timing | None
     ) -> None:
-        super().__init__(request.source)
+        super().__init__(request.source, timing)
         self.tenant = tenant
         self.began = request.began
         self.call = call
@@ -81,8 +86,6 @@ class Exchange(Trail):
         self.request_id = new_request_id()
         self.reason = ""
         self.details = _NOTHING
-        self.marks: list[tuple[str, float]] | None = [] if timed else None
-        """Stages and when they ended, on a request whose stages are timed."""
         self.status = 200
         self.code = _SUCCESS
         self.body = b""
@@ -104,6 +107,7 @@ class Gateway:
         audit: Sink,
         condition: Condition,
         metrics: Metrics,
+        tracer: Tracer | None = None,
     ) -> None:
         self.draining = False
         self.in_flight = 0
@@ -114,6 +118,9 @@ class Gateway:
         self._condition = condition
         self._metrics = metrics
         self._count = 0
+        self._tracer = tracer
+        self._timed = _SAMPLED if tracer is None else min(_SAMPLED, tracer.every)
+        self._untraced = 0
         metrics.requests_in_flight.labels().set_function(lambda: self.in_flight)
 
     def serve(self, tenants: Iterable[Tenant]) -> None:
@@ -126,7 +133,8 @@ class Gateway:
         if tenant is None:
             return self._answer_stranger(request)
         self._count += 1
-        exchange = Exchange(tenant, call, key_segment, request, self._count % _SAMPLED == 0)
+        timing = None if self._count % self._timed else Timing()
+        exchange = Exchange(tenant, call, key_segment, request, timing)
         try:
             exchange.body = await self._work(tenant, request, exchange)
         except Exception as error:
@@ -136,6 +144,8 @@ class Gateway:
 
     def _refuse(self, exchange: Exchange, error: Exception) -> None:
         """Make a failure the outcome, in the protocol's words."""
+        if exchange.timing is not None:
+            exchange.timing.refuse()
         protocol = exchange.tenant.protocol
         if isinstance(error, Refusal):
             refusal = error
@@ -146,7 +156,10 @@ class Gateway:
                 refusal.reason = "policy"
         else:
             # The traceback of a fault of ours; messages and `repr`s hold no secrets.
-            _log.error("request %s failed", exchange.request_id, exc_info=error)
+            _log.error(
+                "request %s failed", exchange.request_id, exc_info=error,
+                extra={"request_id": exchange.request_id},
+            )  # fmt: skip
             refusal = protocol.refuse(OperationError(Fault.INTERNAL, "An internal error."))
         exchange.reason = refusal.reason
         exchange.status, exchange.code = refusal.status, refusal.code
@@ -194,9 +207,9 @@ class Gateway:
         if store.is_full and exchange.key_segment:
             # Before the signature, which costs more than all that follows.
             raise protocol.refuse(Trouble.OVERLOADED)
-        marks = exchange.marks
-        if marks is not None:
-            marks.append(("read", time.monotonic()))
+        timing = exchange.timing
+        if timing is not None:
+            timing.mark()
 
         now = time.time()
         identity = protocol.authenticate(request, store.signing_keys, now)
@@ -206,23 +219,23 @@ class Gateway:
             raise protocol.refuse(Trouble.REPLAYED)
         exchange.access_key_id = identity.access_key_id
         tenant.last_used[identity.access_key_id] = now
-        if marks is not None:
-            marks.append(("authenticate", time.monotonic()))
+        if timing is not None:
+            timing.mark()
 
         exchange.caller, fields = protocol.open(exchange.call, request.body)
         action = protocol.decode(exchange.call, exchange.key_segment, fields)
-        if marks is not None:
-            marks.append(("decode", time.monotonic()))
+        if timing is not None:
+            timing.mark()
 
         if isinstance(action, Health):
-            return protocol.encode(action, store.health(), exchange.request_id)
-        deadline = exchange.began + store.deadline
-        result = await store.perform(action, deadline, exchange)
-        if marks is not None:
-            marks.append(("perform", time.monotonic()))
+            result: Result | HealthReport = store.health()
+        else:
+            result = await store.perform(action, exchange.began + store.deadline, exchange)
+        if timing is not None:
+            timing.mark()
         answer = protocol.encode(action, result, exchange.request_id)
-        if marks is not None:
-            marks.append(("encode", time.monotonic()))
+        if timing is not None:
+            timing.mark()
         return answer
 
     def _observe(self, exchange: Exchange) -> None:
@@ -246,14 +259,19 @@ class Gateway:
             self._metrics.shed.labels(tenant.store.name, why).inc()
         if exchange.reason:
             self._metrics.auth_failures.labels(tenant.store.name, exchange.reason).inc()
-        if exchange.marks:
-            exchange.marks.append(("audit", now))
-            self._observe_stages(exchange.began, exchange.marks)
+        if exchange.timing is not None:
+            self._follow(exchange, exchange.timing, now)
 
-    def _observe_stages(self, start: float, marks: list[tuple[str, float]]) -> None:
-        for stage, end in marks:
+    def _follow(self, exchange: Exchange, timing: Timing, ended: float) -> None:
+        """Tell where the time of a request went."""
+        for stage, start, end in timing.stages(exchange.began, ended):
             self._metrics.stage_duration.labels(stage).observe(end - start)
-            start = end
+        self._untraced += self._timed
+        if self._tracer is not None and self._untraced >= self._tracer.every:
+            self._untraced -= self._tracer.every
+            name = f"{exchange.tenant.protocol.name} {exchange.call}"
+            period = Period(exchange.began, ended)
+            self._tracer.trace(name, _attributes(exchange), exchange.status, timing, period)
 
     def _answer_stranger(self, request: Request) -> Answer:
         """A request to no key store: answered in the protocol that its path looks like."""
@@ -313,6 +331,24 @@ def _encode_record(exchange: Exchange) -> bytes:
     if exchange.details:
         record.update(exchange.details)
     return encode(record)
+
+
+def _attributes(exchange: Exchange) -> dict[str, str | int]:
+    """What a trace says of a request: enough to find it in the audit log."""
+    found: dict[str, str | int] = {
+        "http.request.method": "POST",
+        "http.response.status_code": exchange.status,
+        "xkiproxy.keystore": exchange.tenant.store.name,
+        "xkiproxy.operation": exchange.call,
+        "xkiproxy.key": exchange.key_id[:_MAX_KEY_SEGMENT],
+        "xkiproxy.key_version": exchange.version,
+        "xkiproxy.kmi": exchange.kmi,
+        "xkiproxy.code": exchange.code,
+        "xkiproxy.reason": exchange.reason,
+        "xkiproxy.request_id": exchange.request_id,
+        "xkiproxy.kms_request_id": exchange.caller.request_id,
+    }
+    return {name: value for name, value in found.items() if value}
 
 
 def new_request_id() -> str:

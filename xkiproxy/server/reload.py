@@ -20,7 +20,7 @@ from xkiproxy.server.gateway import Tenant
 _log = logging.getLogger(__name__)
 
 _RESTART = "cannot change while the server runs: restart it"
-_FIXED = ("kmi", "catalog", "audit", "log")
+_FIXED = ("kmi", "catalog", "audit", "log", "tracing")
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,12 @@ from cryptography.hazmat.primitives import hashes
 
 from xkiproxy import __version__
 from xkiproxy.config import Config, ConfigError, Problem, load_config
-from xkiproxy.config.models import AuditSettings, KeystoreSettings, SyslogSettings
+from xkiproxy.config.models import (
+    AuditSettings,
+    KeystoreSettings,
+    SyslogSettings,
+    TracingSettings,
+)
 from xkiproxy.config.secrets import SecretError
 from xkiproxy.config.tls import TlsError, client_context, load_certificate
 from xkiproxy.crypto.operations import OperationError
@@ -37,6 +42,7 @@ from xkiproxy.kmi.base import KeyManagerError, KmiState
 from xkiproxy.kmi.registry import open_key_manager, open_kmi
 from xkiproxy.observability.audit import AuditError, AuditOptions, Sink, SinkState
 from xkiproxy.observability.metrics import FailoverMetrics, Metrics
+from xkiproxy.observability.tracing import Tracer, TracingError, TracingOptions, open_tracer
 from xkiproxy.protocols.registry import PROTOCOLS
 from xkiproxy.server.condition import Condition
 from xkiproxy.server.gateway import Tenant
@@ -55,7 +61,7 @@ _PURGE_SECONDS = 60.0
 
 _MISTAKES = (
     CatalogError, CredentialError, KeyManagerError, OperationError, OSError, PolicyError,
-    SecretError, TlsError,
+    SecretError, TlsError, TracingError,
 )  # fmt: skip
 
 
@@ -95,6 +101,7 @@ class Runtime:
         for i, sink in enumerate(config.audit.sink):
             if isinstance(sink, SyslogSettings) and sink.tls is not None:
                 opening.open(f"audit.sink[{i}].tls", partial(client_context, sink.tls))
+        self.tracer = opening.open("tracing", lambda: _tracer(config.tracing))
         self.catalog = opening.open("catalog.path", lambda: SqliteCatalog(config.catalog.path))
         self.kmis = {
             kmi.name: opening.open(f"kmi[{i}]", partial(open_kmi, kmi, self.metrics))
@@ -194,6 +201,8 @@ class Runtime:
         for kmi in self.kmis.values():
             await kmi.close()
         self.catalog.close()
+        if self.tracer is not None:
+            await asyncio.to_thread(self.tracer.close)
 
     async def start(self) -> None:
         """Start the KMIs and check them once."""
@@ -355,6 +364,27 @@ def _audit_options(settings: AuditSettings) -> AuditOptions:
         fsync=settings.fsync,
         hmac_key=None if settings.hmac_key is None else settings.hmac_key.read_key(),
     )
+
+
+def tracing_options(settings: TracingSettings) -> TracingOptions:
+    """Where traces go; raises TlsError or SecretError."""
+    tls = settings.tls
+    client_context(tls)  # names what is wrong with the files
+    key = tls.private_key
+    return TracingOptions(
+        settings.endpoint,
+        settings.sample_ratio,
+        service_name=settings.service_name,
+        timeout_seconds=settings.timeout_seconds,
+        headers={name: value.read() for name, value in settings.headers.items()},
+        ca=tls.ca,
+        certificate=tls.certificate,
+        private_key=None if key is None else key.path(),
+    )
+
+
+def _tracer(settings: TracingSettings | None) -> Tracer | None:
+    return None if settings is None else open_tracer(tracing_options(settings))
 
 
 def _store_status(tenant: Tenant) -> dict[str, Any]:
