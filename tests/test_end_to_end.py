@@ -308,6 +308,9 @@ def test_without_a_readable_catalog_nothing_is_served(running: Installation) -> 
                 file.write(b"garbage" * 1000)
     wait_for(lambda: running.admin("readyz")[0] == 503 or running.process.poll() is not None)
     assert running.encrypt(b"x")[0] == 503
+    said = running.admin("metrics")[1]
+    assert 'xkiproxy_refusing{part="audit"} 0.0' in said
+    assert 'xkiproxy_refusing{part="catalog"} 1.0' in said
     assert catalog.exists()
 
 

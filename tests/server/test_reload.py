@@ -155,8 +155,10 @@ def test_a_mistake_changes_nothing_and_is_named(server: Workers) -> None:
     assert [record for record in server.records() if record.get("event") == "reload_failed"]
     # Two are seen by the command already, which then asks the server for nothing.
     assert server.sample("xkiproxy_reloads_total", outcome="failed") == len(broken) - 2
+    assert server.sample("xkiproxy_config_last_reload_successful") == 0
     reload(server)
     assert server.sample("xkiproxy_reloads_total", outcome="ok") == 1
+    assert server.sample("xkiproxy_config_last_reload_successful") == 1
     assert everywhere(server, fresh) == {200}
 
 

@@ -99,6 +99,7 @@ def test_without_rsyslog_nothing_is_answered_and_with_it_all_goes_on(site: Site)
     site.rsyslog.stop()
     wait_for(lambda: site.proxy.admin("readyz")[0] == 503)
     assert {site.proxy.encrypt(b"x")[0] for _ in range(4)} == {503}
+    assert site.proxy.sample("xkiproxy_refusing", part="audit") == 1
     assert "syslog" in str(site.proxy.status()["problems"])
     assert site.proxy.sample("xkiproxy_audit_sink_up", sink="syslog") == 0
     assert site.proxy.sample("xkiproxy_audit_sink_up", sink="file") == 1

@@ -19,6 +19,7 @@ _KMI_BUCKETS = (
     0.000002, 0.000005, 0.00001, 0.000025, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01,
     0.025, 0.05, 0.1, 0.25, 0.5, 1.0,
 )  # fmt: skip
+_LAG_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 _BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
@@ -98,6 +99,20 @@ class Metrics:
         for outcome in ("ok", "failed"):
             # From 0 on: the first failure must be seen as a change.
             self.reloads.labels(outcome)
+        self.last_reload = gauge(
+            "xkiproxy_config_last_reload_successful",
+            "Whether the last reload took over the configuration; 1 before the first.", merge=min,
+        )  # fmt: skip
+        self.last_reload.labels().set(1)
+        self.refusing = gauge(
+            "xkiproxy_refusing", "1 while all requests are refused since this part has failed.",
+            "part", merge=max,
+        )  # fmt: skip
+        self.event_loop_lag = histogram(
+            "xkiproxy_event_loop_lag_seconds",
+            "How much later than asked for the event loop came back, four times a second.",
+            bounds=_LAG_BUCKETS,
+        )  # fmt: skip
         self.worker_restarts = counter("xkiproxy_worker_restarts", "Worker processes replaced.")
         audit_records = counter("xkiproxy_audit_records", "Audit records written.")
         self.audit_records = audit_records.labels()
@@ -113,6 +128,11 @@ class Metrics:
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
         self.registry.register(self.collection)
+
+    def count_reload(self, *, succeeded: bool) -> None:
+        """Count a reload, and show what came of the last one."""
+        self.reloads.labels("ok" if succeeded else "failed").inc()
+        self.last_reload.labels().set(succeeded)
 
 
 class FailoverMetrics:

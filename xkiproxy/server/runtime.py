@@ -42,6 +42,7 @@ from xkiproxy.kmi.base import KeyManagerError, KmiState
 from xkiproxy.kmi.registry import open_key_manager, open_kmi
 from xkiproxy.observability.audit import AuditError, AuditOptions, Sink, SinkState
 from xkiproxy.observability.metrics import FailoverMetrics, Metrics
+from xkiproxy.observability.series import Distribution
 from xkiproxy.observability.tracing import Tracer, TracingError, TracingOptions, open_tracer
 from xkiproxy.protocols.registry import PROTOCOLS
 from xkiproxy.server.condition import Condition
@@ -58,6 +59,9 @@ _AUDIT_SECONDS = 1.0
 _CHECK_SECONDS = 30.0
 _LAST_USE_SECONDS = 60.0
 _PURGE_SECONDS = 60.0
+
+_PARTS = ("audit", "catalog")
+"""Without which nothing is served."""
 
 _MISTAKES = (
     CatalogError, CredentialError, KeyManagerError, OperationError, OSError, PolicyError,
@@ -88,6 +92,9 @@ class Runtime:
         self.config = config
         self.metrics = Metrics()
         self.condition = Condition()
+        for part in _PARTS:
+            is_failing = partial(self.condition.reasons.__contains__, part)
+            self.metrics.refusing.labels(part).set_function(is_failing)
         self.history = History()
         self.started = datetime.now(UTC)
         self._tables = tables
@@ -217,6 +224,7 @@ class Runtime:
     async def keep_fresh(self, audit: Sink, *, purges: bool) -> None:
         """Housekeeping, until cancelled; `purges`: keys whose time has come are destroyed here."""
         work = [
+            _watch_event_loop(self.metrics.event_loop_lag.labels()),
             _every(_REFRESH_SECONDS, self._refresh),
             _every(_AUDIT_SECONDS, partial(self._check_audit, audit)),
             _every(_CHECK_SECONDS, self.check_kmis),
@@ -412,6 +420,14 @@ def _purge_due(config: Config, kmis: set[str], now: float) -> None:
         for manager in managers.values():
             manager.close()
         catalog.close()
+
+
+async def _watch_event_loop(lag: Distribution) -> None:
+    """Measure how late the event loop is: what every request waits for, whatever it is."""
+    while True:
+        due = time.monotonic() + _REFRESH_SECONDS
+        await asyncio.sleep(_REFRESH_SECONDS)
+        lag.observe(max(0.0, time.monotonic() - due))
 
 
 async def _every(seconds: float, work: Callable[[], Any]) -> None:

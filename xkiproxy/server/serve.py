@@ -91,15 +91,15 @@ class PublicSide:
                 await self._reload()
 
     async def _reload(self) -> None:
-        outcome = "failed"
+        succeeded = False
         try:
             await self.apply(await self.prepare())
-            outcome = "ok"
+            succeeded = True
         except ConfigError as error:
             self.note(texts(error), [])
         except OSError as error:
             self.note([f"server.listen: {error.strerror}"], [])
-        self._runtime.metrics.reloads.labels(outcome).inc()
+        self._runtime.metrics.count_reload(succeeded=succeeded)
 
     async def prepare(self) -> Change:
         """Open and check what has changed; raises ConfigError."""

@@ -216,7 +216,7 @@ class Supervisor:
             reports = list(self._reports())
             changes = reports[0]["status"]["reload"]["changes"] if reports else []
         self._history.add(problems, changes)
-        self._metrics.reloads.labels("failed" if problems else "ok").inc()
+        self._metrics.count_reload(succeeded=not problems)
 
     async def _tell_all(self, command: bytes) -> list[str]:
         """The problems that workers have with a command, each once."""
