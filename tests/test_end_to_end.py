@@ -322,6 +322,21 @@ def wait_for(condition: Any, seconds: float = 20.0) -> None:
         time.sleep(0.05)
 
 
+def test_check_compares_the_kmis_of_a_key_store(installation: Installation) -> None:
+    shutil.copy(installation.directory / "keyring.db", installation.directory / "second.db")
+    text = installation.config.read_text().replace('kmi = ["local"]', 'kmi = ["local", "second"]')
+    second = '[[kmi]]\nname = "second"\ntype = "software"\nkeyring = "second.db"\n'
+    installation.config.write_text(f"{text}\n{second}")
+    installation.run("keys", "enable", "demo-key", "--kmi", "second")
+    assert "no problems" in installation.run("check").stdout
+    installation.run("keys", "rotate", "demo-key", "--kmi", "second")
+    said = " ".join(installation.run("check", status=1).stderr.split())
+    assert (
+        "keystore[0].kmi: key demo-key: what KMI second encrypts KMI local cannot decrypt" in said
+    )
+    assert "what KMI local encrypts" not in said  # the second still has the version before
+
+
 def test_check_names_each_mistake(installation: Installation) -> None:
     assert "no problems" in installation.run("check").stdout
     (installation.directory / "master.key").chmod(0o644)

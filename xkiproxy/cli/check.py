@@ -13,8 +13,8 @@ from xkiproxy.config import Config, ConfigError, Problem, load_config
 def check(config: ConfigOption = DEFAULT_CONFIG, as_json: JsonOption = False) -> None:
     """Check the configuration and everything it points to; name every mistake by its place.
 
-    It opens files, keys and key managers as `serve` would, changes nothing, and may run beside a
-    server.
+    It opens files, keys and key managers as `serve` would, and looks whether the key managers of a
+    key store decrypt what the others encrypt. It changes nothing and may run beside a server.
 
     Example: xkiproxy check --config /etc/xkiproxy/xkiproxy.toml
     """
@@ -42,6 +42,7 @@ def _problems(path: Path) -> list[Problem]:
 
 async def _open_all(settings: Config) -> None:
     # Only this command pays for these imports.
+    from xkiproxy.keystores.agreement import disagreements  # noqa: PLC0415
     from xkiproxy.server.runtime import Runtime  # noqa: PLC0415
     from xkiproxy.server.sinks import unreachable  # noqa: PLC0415
 
@@ -49,6 +50,10 @@ async def _open_all(settings: Config) -> None:
     try:
         await runtime.start()
         problems = [Problem("kmi", text) for text in runtime.problems()]
+        for i, (store, tenant) in enumerate(zip(settings.keystore, runtime.tenants, strict=True)):
+            form = store.ciphertext_format
+            for why in await disagreements(tenant.store.kmis, runtime.catalog, form):
+                problems.append(Problem(f"keystore[{i}].kmi", why))
         for i, why in await unreachable(settings.audit):
             problems.append(Problem(f"audit.sink[{i}]", why))
         problems += await asyncio.to_thread(_reach_collector, settings)

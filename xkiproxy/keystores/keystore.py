@@ -232,27 +232,33 @@ async def _proven(
     The order matters (AWS XKS API): the value is made of what will be returned, and only then is
     that decrypted. Whatever changes a bit in between makes one of the two wrong.
     """
-    raw = operation.format is CiphertextFormat.RAW
-    metadata = b"" if raw else envelope.metadata(result.version)
+    is_raw = operation.format is CiphertextFormat.RAW
+    metadata = b"" if is_raw else envelope.metadata(result.version)
     value = envelope.integrity_value(operation.aad, metadata, result.iv, result.ciphertext)
-    decrypt = Decrypt(
+    decrypt = opening(operation, result)
+    if not await decrypts_to(kmi, decrypt, operation.plaintext, deadline, timing):
+        raise OperationError(Fault.INTERNAL, "The key manager does not decrypt what it encrypted.")
+    return replace(result, integrity=value)
+
+
+def opening(operation: Encrypt, result: Encrypted) -> Decrypt:
+    """The operation that decrypts what another has encrypted."""
+    return Decrypt(
         operation.key_id,
         result.ciphertext,
         result.iv,
-        None if raw else result.version,
+        None if operation.format is CiphertextFormat.RAW else result.version,
         result.algorithm,
         result.padding,
         operation.aad,
         operation.format,
     )
-    if not await _decrypts_to(kmi, decrypt, operation.plaintext, deadline, timing):
-        raise OperationError(Fault.INTERNAL, "The key manager does not decrypt what it encrypted.")
-    return replace(result, integrity=value)
 
 
-async def _decrypts_to(
-    kmi: Kmi, operation: Decrypt, wanted: bytes, deadline: float, timing: Timing | None
+async def decrypts_to(
+    kmi: Kmi, operation: Decrypt, wanted: bytes, deadline: float, timing: Timing | None = None
 ) -> bool:
+    """Whether a KMI decrypts to these bytes; raises OperationError if it cannot say."""
     try:
         result = await kmi.submit(operation, deadline, timing)
     except OperationError as error:
