@@ -49,6 +49,7 @@ from xkiproxy.server.connection import Connection, Shared
 from xkiproxy.server.gateway import Exchange, Gateway, Tenant
 from xkiproxy.server.http import Request
 from xkiproxy.server.networks import Networks
+from xkiproxy.server.strangers import Strangers
 
 COUNT = 192
 """A multiple of 64: the gateway times the stages of one request in so many."""
@@ -263,7 +264,7 @@ def _audit(bench: Bench) -> Step:
         exchange.access_key_id = _CREDENTIAL.access_key_id
         exchange.caller = caller
         exchange.key_id, exchange.kmi, exchange.version = _KEY, "local", 1
-        exchange.complete()
+        exchange.complete(recorded=True)
         bench.audit.append([exchange.record])
 
     return step
@@ -271,7 +272,7 @@ def _audit(bench: Bench) -> Step:
 
 def _whole(bench: Bench) -> Step:
     """From the bytes of a request to those of its answer."""
-    gateway = Gateway([bench.tenant], bench.audit, Condition(), bench.metrics)
+    gateway = Gateway([bench.tenant], bench.audit, Condition(), bench.metrics, Strangers(50))
     loop, transport, requests = _Loop(), _Transport(), bench.wire_requests()
     shared = Shared(
         gateway, ServerSettings(plaintext=True, listen="127.0.0.1:0"),

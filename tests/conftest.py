@@ -32,6 +32,7 @@ from xkiproxy.protocols.xks import XksProtocol
 from xkiproxy.server.condition import Condition
 from xkiproxy.server.gateway import Gateway, Tenant
 from xkiproxy.server.listener import Listener
+from xkiproxy.server.strangers import Strangers
 from xkiproxy.server.tls import server_context
 
 
@@ -90,6 +91,7 @@ async def proxy(tmp_path: Path, server_settings: ServerSettings) -> AsyncIterato
         audit,
         condition,
         metrics,
+        Strangers(50),
     )
     assert server_settings.tls is not None
     listener = Listener(gateway, server_settings, server_context(server_settings.tls))

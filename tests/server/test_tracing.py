@@ -163,7 +163,7 @@ def test_a_failed_request_is_an_error(proxy: Installation, collector: Collector)
         os.kill(lane, signal.SIGKILL)
     gone = 'xkiproxy_kmi_state{kmi="local",state="disconnected"} 1.0'
     wait_for(lambda: gone in proxy.admin("metrics")[1])
-    assert proxy.encrypt(b"hello")[0] == 503
+    assert proxy.encrypt(b"hello")[0] in {503, 504}
     proxy.stop()
     spans = spans_of(collector, "xki encrypt")
     assert spans[0].status == 2

@@ -467,6 +467,7 @@ class AuditSettings(Section):
     max_age_hours: Annotated[float, Field(ge=0, le=24 * 366)] = 24
     fsync: bool = False
     hmac_key: SecretSource | None = None
+    refusals_per_second: Annotated[int, Field(ge=1, le=100_000)] = 50
     required: Literal["all", "any"] = "all"
     sink: tuple[Annotated[SyslogSettings | StdoutSettings, Field(discriminator="type")], ...] = ()
 

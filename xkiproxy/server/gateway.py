@@ -28,6 +28,7 @@ from xkiproxy.protocols.base import Protocol, Refusal, Trouble
 from xkiproxy.server.condition import Condition
 from xkiproxy.server.http import Answer, PlainAnswer, Request
 from xkiproxy.server.networks import Networks
+from xkiproxy.server.strangers import Strangers
 
 _log = logging.getLogger(__name__)
 
@@ -90,12 +91,12 @@ class Exchange(Trail):
         self.code = _SUCCESS
         self.body = b""
 
-    def complete(self) -> None:
-        """Make what is derived of the outcome: the headers and the audit record."""
+    def complete(self, recorded: bool) -> None:
+        """Make what is derived of the outcome: the headers and the audit record, if it has one."""
         self.headers = self.tenant.protocol.headers(self.caller.request_id)
         if self.status == _THROTTLED:
             self.headers += f"Retry-After: {self.details.get('retry_after', 1)}\r\n".encode()
-        self.record = _encode_record(self)
+        self.record = _encode_record(self) if recorded else b""
 
 
 class Gateway:
@@ -107,6 +108,7 @@ class Gateway:
         audit: Sink,
         condition: Condition,
         metrics: Metrics,
+        strangers: Strangers,
         tracer: Tracer | None = None,
     ) -> None:
         self.draining = False
@@ -117,6 +119,7 @@ class Gateway:
         self._audit = audit
         self._condition = condition
         self._metrics = metrics
+        self._strangers = strangers
         self._count = 0
         self._tracer = tracer
         self._timed = _SAMPLED if tracer is None else min(_SAMPLED, tracer.every)
@@ -135,12 +138,22 @@ class Gateway:
         self._count += 1
         timing = None if self._count % self._timed else Timing()
         exchange = Exchange(tenant, call, key_segment, request, timing)
+        recorded = True
         try:
             exchange.body = await self._work(tenant, request, exchange)
         except Exception as error:
             self._refuse(exchange, error)
-        exchange.complete()
+            recorded = bool(exchange.access_key_id) or self._has_record(exchange)
+        exchange.complete(recorded)
         return exchange
+
+    def _has_record(self, exchange: Exchange) -> bool:
+        """Whether the refusal of an unknown client is written down by itself, or only counted."""
+        if self._strangers.admit(time.monotonic()):
+            return True
+        keystore = exchange.tenant.store.name
+        self._strangers.leave_out(keystore, exchange.code, exchange.reason, exchange.source)
+        return False
 
     def _refuse(self, exchange: Exchange, error: Exception) -> None:
         """Make a failure the outcome, in the protocol's words."""
@@ -170,15 +183,17 @@ class Gateway:
         exchanges = [answer for answer in answers if isinstance(answer, Exchange)]
         if not exchanges:
             return
+        records = [record for exchange in exchanges if (record := exchange.record)]
         try:
-            self._audit.append([exchange.record for exchange in exchanges])
+            if records:
+                self._audit.append(records)
         except AuditError as error:
             self._condition.fail("audit", str(error))
             for exchange in exchanges:
                 # Nothing of what came of the request may leave.
                 self._refuse(exchange, OperationError(Fault.UNAVAILABLE, _CANNOT_SERVE))
         else:
-            self._metrics.audit_records.inc(len(exchanges))
+            self._metrics.audit_records.inc(len(records))
         for exchange in exchanges:
             self._observe(exchange)
 

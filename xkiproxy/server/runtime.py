@@ -8,6 +8,7 @@ import os
 import ssl
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -40,7 +41,7 @@ from xkiproxy.keystores.signing_keys import CachedSigningKeys
 from xkiproxy.keystores.sqlite_catalog import SqliteCatalog
 from xkiproxy.kmi.base import KeyManagerError, KmiState
 from xkiproxy.kmi.registry import open_key_manager, open_kmi
-from xkiproxy.observability.audit import AuditError, AuditOptions, Sink, SinkState
+from xkiproxy.observability.audit import AuditError, AuditOptions, Sink, SinkState, encode
 from xkiproxy.observability.metrics import FailoverMetrics, Metrics
 from xkiproxy.observability.series import Distribution
 from xkiproxy.observability.tracing import Tracer, TracingError, TracingOptions, open_tracer
@@ -49,6 +50,7 @@ from xkiproxy.server.condition import Condition
 from xkiproxy.server.gateway import Tenant
 from xkiproxy.server.networks import Networks
 from xkiproxy.server.reload import Change, History, describe, fixed_differences
+from xkiproxy.server.strangers import Strangers
 from xkiproxy.server.tls import server_context
 
 _log = logging.getLogger(__name__)
@@ -96,6 +98,7 @@ class Runtime:
             is_failing = partial(self.condition.reasons.__contains__, part)
             self.metrics.refusing.labels(part).set_function(is_failing)
         self.history = History()
+        self.strangers = Strangers(config.audit.refusals_per_second)
         self.started = datetime.now(UTC)
         self._tables = tables
         self._last_use = LastUse(last_use_path(config.catalog.path))
@@ -259,8 +262,18 @@ class Runtime:
             self.condition.fail("audit", str(error))
         else:
             self.condition.recover("audit")
+            self.write_strangers(audit)
         for state in audit.states():
             self._note_sink(state)
+
+    def write_strangers(self, audit: Sink) -> None:
+        """Tell the audit log of the refusals that have no record of their own."""
+        summary = self.strangers.summary()
+        if summary is None:
+            return
+        with suppress(AuditError):  # the next check meets the same error; nothing is forgotten
+            audit.append([encode(summary)])
+            self.strangers.forget()
 
     def _note_sink(self, state: SinkState) -> None:
         before = self._sinks.get(state.name)

@@ -157,7 +157,10 @@ async def public_side(
     """Serve requests, with the housekeeping that they need; drained in the end. Raises OSError."""
     settings = runtime.config.server
     _raise_file_limit(settings.max_connections)
-    gateway = Gateway(runtime.tenants, audit, runtime.condition, runtime.metrics, runtime.tracer)
+    gateway = Gateway(
+        runtime.tenants, audit, runtime.condition, runtime.metrics, runtime.strangers,
+        runtime.tracer,
+    )  # fmt: skip
     listener = Listener(gateway, settings, runtime.context, shares_port=shares_port)
     await listener.open()
     housekeeping = asyncio.create_task(runtime.keep_fresh(audit, purges=purges))
@@ -169,6 +172,7 @@ async def public_side(
         housekeeping.cancel()
         with suppress(asyncio.CancelledError):
             await housekeeping
+        runtime.write_strangers(audit)
 
 
 def _raise_file_limit(wanted: int) -> None:
