@@ -8,6 +8,8 @@
  *   SHIM_MAKE_IV       C_EncryptInit under AES-GCM makes the IV, as the HSMs of FIPS 140-3 do
  *   SHIM_COUNT_LOGINS  a file that grows by a byte with each C_Login
  *   SHIM_REFUSE_TOKEN  while this file exists no token is present
+ *   SHIM_STRICT        read-only sessions are refused, as by AWS CloudHSM's client 5, and so are new
+ *                      keys that do anything but encrypt and decrypt
  *
  * Data of C_Encrypt or C_Decrypt that contains SHIM-ABORT, SHIM-HANG, or SHIM-RV:<hex>; makes that
  * call abort, sleep, or return this code.
@@ -42,9 +44,14 @@ enum {
 
 #define CKR_OK 0x00UL
 #define CKR_GENERAL_ERROR 0x05UL
+#define CKR_FUNCTION_FAILED 0x06UL
+#define CKR_TEMPLATE_INCONSISTENT 0xD1UL
 #define CKR_TOKEN_NOT_PRESENT 0xE0UL
 #define CKA_KEY_TYPE 0x100UL
 #define CKA_VALUE_LEN 0x161UL
+#define CKA_WRAP 0x106UL
+#define CKA_DERIVE 0x10CUL
+#define CKF_RW_SESSION 0x02UL
 #define CKK_AES 0x1FUL
 #define CKM_AES_KEY_GEN 0x1080UL
 #define CKM_AES_GCM 0x1087UL
@@ -124,7 +131,11 @@ static rv_t shim_open_session(ulong_t slot, ulong_t flags, void *app, void *noti
 {
 	rv_t (*call)(ulong_t, ulong_t, void *, void *, ulong_t *) = real->call[C_OPEN_SESSION];
 
-	return token_is_away() ? CKR_TOKEN_NOT_PRESENT : call(slot, flags, app, notify, handle);
+	if (token_is_away())
+		return CKR_TOKEN_NOT_PRESENT;
+	if (getenv("SHIM_STRICT") && !(flags & CKF_RW_SESSION))
+		return CKR_FUNCTION_FAILED;
+	return call(slot, flags, app, notify, handle);
 }
 
 static rv_t shim_login(ulong_t session, ulong_t user, unsigned char *pin, ulong_t length)
@@ -169,6 +180,16 @@ static void standard_template(attribute_t *to, const attribute_t *from, ulong_t 
 	}
 }
 
+/* CKA_WRAP to CKA_DERIVE are what a key may do, but for CKA_ENCRYPT and CKA_DECRYPT before them. */
+static int does_more_than_crypt(const attribute_t *template, ulong_t count)
+{
+	for (ulong_t i = 0; i < count; i++)
+		if (template[i].type >= CKA_WRAP && template[i].type <= CKA_DERIVE &&
+		    *(unsigned char *)template[i].value)
+			return 1;
+	return 0;
+}
+
 static rv_t shim_generate_key(ulong_t session, mechanism_t *mechanism, attribute_t *template,
 			      ulong_t count, ulong_t *handle)
 {
@@ -177,6 +198,8 @@ static rv_t shim_generate_key(ulong_t session, mechanism_t *mechanism, attribute
 	mechanism_t standard = *mechanism;
 	attribute_t changed[MAX_TEMPLATE];
 
+	if (getenv("SHIM_STRICT") && does_more_than_crypt(template, count))
+		return CKR_TEMPLATE_INCONSISTENT;
 	standard.mechanism = standard_mechanism(mechanism->mechanism);
 	standard_template(changed, template, count);
 	return call(session, &standard, changed, count, handle);

@@ -273,6 +273,17 @@ async def test_a_module_that_makes_no_iv_is_refused(hsm: Hsm, start_kmi) -> None
     assert await fault_of(kmi, Encrypt("key", b"x")) is Fault.UNAVAILABLE
 
 
+async def test_a_module_that_is_strict(shimmed: Hsm, start_kmi, open_manager, monkeypatch) -> None:
+    """No read-only sessions, no key that may do more than it needs to."""
+    monkeypatch.setenv("SHIM_STRICT", "1")
+    open_manager(shimmed.settings()).create("key", KeySpec.AES_256)
+    kmi = await start_kmi(shimmed.settings(lanes=2))
+    assert kmi.state is KmiState.CONNECTED, kmi.error
+    way = Encrypt("key", b"a text", aad=b"an aad")
+    made = await encrypt(kmi, way)
+    assert (await decrypt(kmi, opening(way, made))).plaintext == b"a text"
+
+
 async def test_sm4_by_a_vendors_numbers(shimmed: Hsm, start_kmi, open_manager, monkeypatch) -> None:
     """The path of SM4 over a stand-in: behind the vendor's numbers AES-128 does the work."""
     monkeypatch.setenv("SHIM_VENDOR", "1")

@@ -54,6 +54,7 @@ _RANDOM_POOL = 64 * 12
 _ULONG = struct.Struct("L")
 _GCM_IV = IV_SIZES[Algorithm.AES_GCM]
 _NO_IV = bytes(_GCM_IV)
+_CRYPT_ONLY = MechanismFlag.ENCRYPT | MechanismFlag.DECRYPT
 _BLOCK_MECHANISMS = {Algorithm.AES_CBC: CKM_AES_CBC, Algorithm.AES_ECB: CKM_AES_ECB}
 
 
@@ -166,12 +167,19 @@ class Token:
         self._keys: dict[str, _Key] = {}
         self._pool = b""
         try:
-            self._session = _find_token(module, label, serial).open(
-                user_pin=pin, rw=rw, attribute_mapper=_attribute_mapper()
+            token = _find_token(module, label, serial)
+            self._session = token.open(
+                user_pin=pin,
+                rw=rw or not _has_read_only_sessions(token),
+                attribute_mapper=_attribute_mapper(),
             )
             self._cryptoki = Cryptoki(module, self._session.handle)
             self._probe_key = self._session.generate_key(
-                KeyType.AES, 256, store=False, template={Attribute.SENSITIVE: True}
+                KeyType.AES,
+                256,
+                store=False,
+                template={Attribute.SENSITIVE: True},
+                capabilities=_CRYPT_ONLY,
             ).handle
         except _LOGIN_ERRORS as error:
             raise LoginError(f"the token refused the PIN ({_name(error)})") from None
@@ -478,7 +486,7 @@ class Token:
             label=key_id,
             store=True,
             template=template,
-            capabilities=MechanismFlag.ENCRYPT | MechanismFlag.DECRYPT,
+            capabilities=_CRYPT_ONLY,
             **arguments,
         )
 
@@ -502,6 +510,18 @@ def _find_token(module: str, label: str | None, serial: str | None) -> Any:
     if len(found) > 1:
         raise TokenError(f"module {module} has {len(found)} tokens of {name}; name its serial")
     return found[0]
+
+
+def _has_read_only_sessions(token: Any) -> bool:
+    """The client 5 of AWS CloudHSM has none.
+
+    It is asked without a PIN, so that none is tried twice.
+    """
+    try:
+        token.open().close()
+    except exceptions.FunctionFailed:
+        return False
+    return True
 
 
 def _attribute_mapper() -> AttributeMapper:
