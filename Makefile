@@ -2,6 +2,8 @@
 #   make run    a proxy with one key store and one key, on https://localhost:8443
 #   make test   linters and all tests
 #   make dashboards   grafana/dashboards anew, after a change in grafana/source
+#   make references   the tables of docs/configuration.md and docs/commands.md anew
+#   make docs   the documentation as a site, in site/
 #   make bench  the benchmark with its targets; make bench-quick in a minute
 # The tests hold the hot path to its budget of instructions; `make gate` shows the table alone.
 PYTHON ?= python3
@@ -9,7 +11,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 DEMO   ?= run/demo
 
-.PHONY: run test lint dashboards bench bench-quick gate system-packages clean
+.PHONY: run test lint dashboards references docs bench bench-quick gate system-packages clean
 
 run: $(BIN)/.installed
 	@test -e $(DEMO)/xkiproxy.toml || $(BIN)/xkiproxy init $(DEMO)
@@ -26,6 +28,12 @@ lint: $(BIN)/.installed-test
 
 dashboards: $(BIN)/.installed-test
 	$(BIN)/python -m grafana.source
+
+references: $(BIN)/.installed
+	$(BIN)/python -m website
+
+docs: $(BIN)/.installed-docs
+	$(BIN)/python -m website.build
 
 bench: system-packages $(BIN)/.installed-bench
 	$(BIN)/xkiproxy-bench run --output run/bench/results.json --plots run/bench
@@ -50,9 +58,13 @@ $(BIN)/.installed-test: $(BIN)/python pyproject.toml
 	$(BIN)/pip install --quiet --editable '.[test]'
 	@touch $@ $(BIN)/.installed
 
+$(BIN)/.installed-docs: $(BIN)/python pyproject.toml
+	$(BIN)/pip install --quiet --editable '.[docs]'
+	@touch $@ $(BIN)/.installed
+
 $(BIN)/.installed-bench: $(BIN)/python pyproject.toml
 	$(BIN)/pip install --quiet --editable '.[bench]'
 	@touch $@ $(BIN)/.installed
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -184,7 +184,7 @@ def rotate(
 
 
 @app.command(
-    epilog="Examples: xkiproxy keys delete payroll --days 30, and to keep it after all: "
+    epilog="Examples: xkiproxy keys delete payroll --days 30; to keep it after all: "
     "xkiproxy keys delete payroll --cancel"
 )
 def delete(

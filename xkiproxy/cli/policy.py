@@ -62,7 +62,7 @@ def check_command(
 ) -> None:
     """Check policies against the schema, and list them.
 
-    Examples: xkiproxy policy check, and before they are put in place: xkiproxy policy check new/
+    Examples: xkiproxy policy check; before they are put in place: xkiproxy policy check new/
     """
     named = {"": folder} if folder is not None else _configured(load_config(config))
     listed = [

@@ -14,6 +14,7 @@ from pydantic import (
     ConfigDict,
     Field,
     SerializeAsAny,
+    WithJsonSchema,
     field_validator,
     model_validator,
 )
@@ -36,7 +37,11 @@ def _host_and_port(value: str) -> str:
     return value
 
 
-Address = Annotated[str, AfterValidator(_host_and_port)]
+Address = Annotated[
+    str,
+    AfterValidator(_host_and_port),
+    WithJsonSchema({"type": "string", "format": "host:port"}),
+]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
 Facility = Literal[
     "kern", "user", "mail", "daemon", "auth", "syslog", "lpr", "news", "uucp", "cron", "authpriv",
@@ -61,9 +66,16 @@ class TlsSettings(Section):
     """The certificate that the cloud pins by its fingerprint, and who may connect (mTLS)."""
 
     certificate: ConfigPath
+    """PEM, with its chain; `xkiproxy fingerprint` prints what the console asks for."""
+
     private_key: SecretSource
+    """PEM without a passphrase; from a file or a credential."""
+
     client_ca: ConfigPath | None = None
+    """PEM: clients must have a certificate of this CA."""
+
     client_names: tuple[str, ...] = ()
+    """And one of these DNS names (the common name counts where there is none)."""
 
     @model_validator(mode="after")
     def _names_need_ca(self) -> TlsSettings:
@@ -78,27 +90,62 @@ class ProxyProtocolSettings(Section):
     """Load balancers that pass the client's address on in a PROXY header."""
 
     trusted: Annotated[tuple[Network, ...], Field(min_length=1)]
+    """The balancers. A connection from elsewhere is closed, since who sends the header is believed.
+    """
+
     timeout_seconds: Seconds = 5
+    """For the header."""
 
 
 class ServerSettings(Section):
     """Listeners and the limits of a connection."""
 
     listen: Address = "0.0.0.0:8443"
+    """What the cloud calls."""
+
     admin_listen: Address = "127.0.0.1:9464"
+    """`/` (a page for people), `/metrics`, `/livez`, `/readyz`, `/status`; plain HTTP, keep it
+    inside.
+    """
+
     workers: Annotated[int, Field(ge=1, le=64)] = 1
+    """Processes that share the port. Each has an audit log of its own (`audit-1.jsonl`, ...), lanes
+    are divided among them, and the replay window is shared.
+    """
+
     tls: TlsSettings | None = None
+    """Needed, but with `plaintext`."""
+
     plaintext: bool = False
+    """HTTP without TLS, on loopback addresses only."""
+
     proxy_protocol: ProxyProtocolSettings | None = None
+    """For a proxy behind a TCP load balancer."""
+
     # Of each worker. A thousand clients that all wait for an answer wait some 60 ms; and libuv,
     # which takes 1,024 events at a time, gives nothing else its turn while there are so many.
     max_connections: Annotated[int, Field(ge=1, le=1000)] = 1000
+    """Of each worker. A connection over it is closed at once. A thousand requests at the same time
+    wait some 60 ms for each other; for more, add workers.
+    """
+
     max_body_bytes: Annotated[int, Field(ge=1024, le=16 << 20)] = 64 << 10
+    """A larger body is refused with 413, before it is read where its length is announced."""
+
     handshake_timeout_seconds: Seconds = 10
+    """For the TLS handshake."""
+
     header_timeout_seconds: Seconds = 10
+    """From a header's first byte to its last."""
+
     body_timeout_seconds: Seconds = 10
+    """For the body."""
+
     idle_timeout_seconds: Seconds = 75
+    """A connection without a request is closed."""
+
     shutdown_timeout_seconds: Seconds = 15
+    """For what has begun when SIGTERM comes."""
 
     @model_validator(mode="after")
     def _tls_or_loopback(self) -> ServerSettings:
@@ -122,9 +169,16 @@ class ClientTlsSettings(Section):
     """How a server that we connect to proves who it is, and the proxy to it."""
 
     ca: ConfigPath | None = None
+    """PEM: the CA that the server's certificate must be of; without it the system's."""
+
     certificate: ConfigPath | None = None
+    """PEM, with its chain: the proxy's own, where the server asks for one."""
+
     private_key: SecretSource | None = None
+    """PEM without a passphrase; from a file or a credential."""
+
     server_name: str = ""
+    """The name in the server's certificate; without it the host of `address`."""
 
     @model_validator(mode="after")
     def _certificate_with_key(self) -> Self:
@@ -139,8 +193,13 @@ class KmiSettings(Section):
     """What every kind of KMI has."""
 
     name: Name
+    """Lower-case letters, digits, `-`, `_`; it stands in metrics, logs and commands."""
+
     type: str
+    """`software`, `pkcs11`, `kmip` or `transit`: what else the table has, see below."""
+
     queue_size: Annotated[int, Field(ge=1, le=1_000_000)] = 1024
+    """Operations that may wait; more are refused with 429."""
 
     def share(self, index: int, workers: int) -> Self:
         """What of it one of several worker processes has; `index` from 0."""
@@ -153,14 +212,20 @@ class SoftwareSettings(KmiSettings):
 
     type: Literal["software"]
     keyring: ConfigPath
+    """The SQLite file with the wrapped keys."""
+
     master_key: SecretSource = Field(default="master.key", validate_default=True)
+    """32 bytes in Base64 or hex. Keep a copy elsewhere: without it no key can be used."""
 
 
 class TokenSettings(Section):
     """A token, by its label or its serial number; a plain string is a label."""
 
     label: str | None = None
+    """The token's label. A plain string instead of a table is a label, too."""
+
     serial: str | None = None
+    """Its serial number, for tokens of one label."""
 
     @model_validator(mode="before")
     @classmethod
@@ -178,8 +243,13 @@ class Sm4Settings(Section):
     """A vendor's numbers for SM4, which PKCS#11 v2.40 does not define."""
 
     key_type: int
+    """The number of the key type, `CKK_…`."""
+
     key_gen: int
+    """The number of the mechanism that makes keys, `CKM_…_KEY_GEN`."""
+
     gcm: int
+    """The number of the mechanism for GCM, `CKM_…_GCM`."""
 
 
 def _as_list(value: Any) -> Any:
@@ -191,16 +261,45 @@ class Pkcs11Settings(KmiSettings):
 
     type: Literal["pkcs11"]
     module: ConfigPath
+    """The vendor's PKCS#11 library."""
+
     token: Annotated[
         tuple[TokenSettings, ...], BeforeValidator(_as_list), Field(min_length=1, max_length=16)
     ]
+    """The token, or a list of tokens: several HSMs with the same keys, over which the lanes are
+    spread.
+    """
+
     pin: SecretSource
+    """The user PIN. A PIN that is refused is not tried again until the next start: tokens lock
+    after a few.
+    """
+
     lanes: Annotated[int, Field(ge=1, le=256)] = 2
+    """Processes, each with a session of its own; keep the token's session limit in mind (commands
+    take one more).
+    """
+
     max_batch: Annotated[int, Field(ge=1, le=1024)] = 64
+    """Operations that a lane takes in one go."""
+
     start_timeout_seconds: Seconds = 15
+    """For loading the module and logging in."""
+
     operation_timeout_ms: Annotated[int, Field(ge=10, le=60_000)] = 1000
+    """A lane that says nothing for so long while it has work is replaced. Set it well above the
+    slowest operation: a batch is answered in parts, each part begins the time anew. Below half of
+    `deadline_ms` a hung lane's batch can still run again in time.
+    """
+
     iv: Literal["generator", "hsm"] = "generator"
+    """IVs from the token's random generator (drawn for many operations at once), or `hsm`: the
+    module writes an IV of its own into the parameters of the mechanism. A module that does not is
+    found out at the first encryption and refused.
+    """
+
     sm4: Sm4Settings | None = None
+    """The vendor's numbers for SM4, which PKCS#11 v2.40 does not define."""
 
     def share(self, index: int, workers: int) -> Self:
         """The lanes are divided: a token has so many sessions, however many processes there are."""
@@ -212,7 +311,10 @@ class KmipTlsSettings(ClientTlsSettings):
     """A KMIP server knows its clients by their certificates."""
 
     certificate: ConfigPath
+    """PEM, with its chain: by it the server knows its client."""
+
     private_key: SecretSource
+    """PEM without a passphrase; from a file or a credential."""
 
 
 class KmipSettings(KmiSettings):
@@ -222,14 +324,34 @@ class KmipSettings(KmiSettings):
     address: Annotated[
         tuple[Address, ...], BeforeValidator(_as_addresses), Field(min_length=1, max_length=16)
     ]
+    """The server, or a list: several servers with the same keys, over which the lanes are spread.
+    """
+
     tls: KmipTlsSettings
+    """By these the server and the proxy know each other."""
+
     lanes: Annotated[int, Field(ge=1, le=256)] = 4
+    """Connections, each with one message at a time."""
+
     max_batch: Annotated[int, Field(ge=1, le=1024)] = 64
+    """Operations in a message."""
+
     connect_timeout_seconds: Seconds = 5
+    """For connection and TLS handshake."""
+
     operation_timeout_ms: Annotated[int, Field(ge=10, le=60_000)] = 1000
+    """A connection without an answer for so long is replaced."""
+
     iv: Literal["generator", "server"] = "generator"
+    """The proxy draws IVs; or `server`: the server does, as some must under FIPS 140."""
+
     random: Literal["server", "generator"] = "server"
+    """Random bytes come from RNG Retrieve; or `generator`: from the proxy, for servers that lack
+    it.
+    """
+
     version: Literal["1.4", "2.0", "2.1"] | None = None
+    """By default the best that both sides name in Discover Versions."""
 
     def share(self, index: int, workers: int) -> Self:
         """The lanes are divided: a server takes so many connections."""
@@ -247,7 +369,9 @@ def _mount(value: str) -> str:
     return value
 
 
-Mount = Annotated[str, AfterValidator(_mount)]
+Mount = Annotated[
+    str, AfterValidator(_mount), WithJsonSchema({"type": "string", "format": "mount path"})
+]
 
 
 def _namespace(value: str) -> str:
@@ -258,32 +382,52 @@ class AppRoleSettings(Section):
     """A login by role ID and secret ID."""
 
     role_id: Annotated[str, Field(min_length=1, max_length=4096)]
+    """The role ID."""
+
     secret_id: SecretSource
+    """The secret ID."""
+
     mount: Mount = "approle"
+    """Where this kind of login is mounted."""
 
 
 class CertificateLoginSettings(Section):
     """A login by the client certificate of the KMI's `tls`."""
 
     role: str = ""
+    """The role; without it the server takes the one that fits."""
+
     mount: Mount = "cert"
+    """Where this kind of login is mounted."""
 
 
 class KubernetesSettings(Section):
     """A login by the token of a service account, which is read at every login."""
 
     role: Annotated[str, Field(min_length=1)]
+    """The role."""
+
     jwt: ConfigPath = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
+    """The token of the service account; it is read at every login."""
+
     mount: Mount = "kubernetes"
+    """Where this kind of login is mounted."""
 
 
 class TransitAuthSettings(Section):
     """How the proxy gets its token: exactly one of these."""
 
     token: SecretSource | None = None
+    """A token."""
+
     approle: AppRoleSettings | None = None
+    """A login by role ID and secret ID."""
+
     cert: CertificateLoginSettings | None = None
+    """A login by the certificate of `tls`."""
+
     kubernetes: KubernetesSettings | None = None
+    """A login by the token of a service account."""
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Self:
@@ -302,27 +446,63 @@ def _origin(value: str) -> str:
     return value.rstrip("/")
 
 
+Origin = Annotated[
+    str, AfterValidator(_origin), WithJsonSchema({"type": "string", "format": "URL"})
+]
+
+
 class TransitSettings(KmiSettings):
     """Keys in the Transit secrets engine of OpenBao or HashiCorp Vault."""
 
     type: Literal["transit"]
     address: Annotated[
-        tuple[Annotated[str, AfterValidator(_origin)], ...],
+        tuple[Origin, ...],
         BeforeValidator(_as_addresses),
         Field(min_length=1, max_length=16),
     ]
+    """`https://bao.internal:8200`, or a list: nodes of one cluster, over which the lanes are
+    spread.
+    """
+
     mount: Mount = "transit"
-    namespace: Annotated[str, AfterValidator(_namespace)] = ""
+    """Where the engine is mounted."""
+
+    namespace: Annotated[
+        str,
+        AfterValidator(_namespace),
+        WithJsonSchema({"type": "string", "format": "namespace path"}),
+    ] = ""
+    """Of Vault Enterprise or OpenBao."""
+
     auth: TransitAuthSettings
+    """How the proxy gets its token: exactly one of these."""
+
     tls: ClientTlsSettings = ClientTlsSettings()
+    """How the server and the proxy know each other."""
+
     plaintext: bool = False
+    """HTTP, to loopback addresses only, as for an agent beside the proxy."""
+
     lanes: Annotated[int, Field(ge=1, le=256)] = 4
+    """Batches on their way at a time."""
+
     # OpenBao takes 1,000 strings in a request; an operation has five.
     max_batch: Annotated[int, Field(ge=1, le=128)] = 64
+    """Operations in a batch; one request for each key and kind of operation in it."""
+
     connections: Annotated[int, Field(ge=1, le=256)] = 16
+    """Kept alive, for all lanes together."""
+
     start_timeout_seconds: Seconds = 15
+    """For login and check."""
+
     operation_timeout_ms: Annotated[int, Field(ge=10, le=60_000)] = 1000
+    """A lane without an answer for so long is replaced."""
+
     probe_key: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")] | None = None
+    """A key that the check of health encrypts and decrypts with; without it the check draws random
+    bytes.
+    """
 
     @model_validator(mode="after")
     def _tls_or_loopback(self) -> Self:
@@ -378,34 +558,77 @@ class Rate(Section):
     """So many requests a second, and so many at once (default: what comes in a second)."""
 
     rate: Annotated[float, Field(gt=0, le=1_000_000)]
+    """Requests a second."""
+
     burst: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
+    """Requests at once; without it those of a second."""
 
 
 class QuotaSettings(Section):
     """Limits of requests: of all, of each key, of each principal."""
 
     all: Rate | None = None
+    """Of all requests together."""
+
     key: Rate | None = None
+    """Of the requests for each key."""
+
     principal: Rate | None = None
+    """Of the requests of each principal."""
 
 
 class KeystoreSettings(Section):
     """One tenant: a path prefix, a protocol, credentials and the KMIs that hold its keys."""
 
     name: Name
+    """Lower-case letters, digits, `-`, `_`; it stands in metrics, logs and commands."""
+
     protocol: Literal["xki", "xks"]
-    path_prefix: Annotated[str, AfterValidator(_path_prefix)]
+    """`xki` (Alibaba Cloud), `xks` (AWS)."""
+
+    path_prefix: Annotated[
+        str,
+        AfterValidator(_path_prefix),
+        WithJsonSchema({"type": "string", "pattern": _PATH_PREFIX.pattern, "maxLength": 100}),
+    ]
+    """`/name`, or `""`; what the cloud is told is this and `/kms/xki/v1` or `/kms/xks/v1`."""
+
     kmi: Annotated[tuple[Name, ...], Field(min_length=1)]
+    """The KMIs that hold its keys, in order of preference: the next takes over when one is away
+    (below).
+    """
+
     credentials: SecretSource
+    """A TOML list of `[[credential]]` with `access_key_id`, `access_key_secret`, `created`; all
+    work at once.
+    """
+
     ciphertext_format: CiphertextFormat = CiphertextFormat.ENVELOPE
+    """`raw` to read what another proxy wrote with the same key; its keys cannot be rotated."""
+
     deadline_ms: Annotated[int, Field(ge=1, le=60_000)] = 250
+    """From a request's arrival; then it is answered with 504."""
+
     hedge_after_ms: Annotated[int, Field(ge=1, le=60_000)] | None = None
+    """With several KMIs: a request without an answer for so long is sent to the second too, and the
+    first answer counts.
+    """
+
     disable_output_form_plain: bool = False
+    """`xki`: give out no random bytes in plain."""
+
     policies: ConfigPath | None = None
+    """A folder of Cedar policies ([authorization.md](authorization.md)); without it all that is
+    signed may.
+    """
+
     quota: QuotaSettings = QuotaSettings()
+    """How much is admitted; more is refused with 429 (below)."""
+
     source_networks: Annotated[
         tuple[Annotated[Network, BeforeValidator(_network)], ...] | None, AfterValidator(_not_empty)
     ] = None
+    """Only clients from there are served: `["203.0.113.0/24", "2001:db8::/32"]`."""
 
     @model_validator(mode="after")
     def _hedge_to_another(self) -> Self:
@@ -418,26 +641,50 @@ class CatalogSettings(Section):
     """Where the states of keys are kept."""
 
     path: ConfigPath = Field(default="catalog.db", validate_default=True)
+    """The SQLite file with the states of keys."""
 
 
 class SinkSettings(Section):
     """What every place has that takes audit records beside the file."""
 
     buffer_bytes: Annotated[int, Field(ge=64 << 10, le=64 << 20)] = 1 << 20
+    """What may wait while the other side takes nothing, and what is sent again over a new
+    connection.
+    """
+
     stall_timeout_seconds: Seconds = 10
+    """After so long without progress the sink counts as broken."""
 
 
 class SyslogSettings(SinkSettings):
     """A syslog server: RFC 5424 over TLS or TCP."""
 
     type: Literal["syslog"]
+    """RFC 5424 over TLS (RFC 5425) or TCP with octet counting (RFC 6587)."""
+
     name: Name = "syslog"
+    """In `/status`, metrics and `audit verify --sink`."""
+
     address: Address
+    """The server."""
+
     tls: ClientTlsSettings | None = None
+    """How the server and the proxy know each other. The files are read again for each connection.
+    """
+
     plaintext: bool = False
+    """Must be `true` for a server elsewhere without `tls`: the records name keys and principals."""
+
     facility: Facility = "local0"
+    """As RFC 5424 names them; the severity is informational."""
+
     app_name: Annotated[str, Field(pattern=r"^[!-~]{1,48}$")] = "xkiproxy"
+    """APP-NAME. PROCID is the name of the chain (`audit`, or `audit-1` of the first worker), MSGID
+    is `audit`.
+    """
+
     connect_timeout_seconds: Seconds = 5
+    """For connection and TLS handshake."""
 
     @model_validator(mode="after")
     def _tls_or_said(self) -> Self:
@@ -453,7 +700,10 @@ class StdoutSettings(SinkSettings):
     """Standard output, a line a record."""
 
     type: Literal["stdout"]
+    """A line a record, with `workers = 1` only."""
+
     name: Name = "stdout"
+    """In `/status`, metrics and `audit verify --sink`."""
 
 
 _MIN_AUDIT_BYTES = 64 << 10
@@ -463,13 +713,37 @@ class AuditSettings(Section):
     """Where the audit log is written, when a file is closed, and where its records go besides."""
 
     path: ConfigPath = Field(default="audit.jsonl", validate_default=True)
+    """One JSON object a line, chained by hashes ([audit.md](audit.md)); its folder must be writable
+    too.
+    """
+
     max_bytes: Annotated[int, Field(ge=0)] = 256 << 20
+    """A file that would grow over it is closed; at least 65536, 0 for no limit."""
+
     max_age_hours: Annotated[float, Field(ge=0, le=24 * 366)] = 24
+    """A file that is older is closed; 0 for no limit."""
+
     fsync: bool = False
+    """Records reach the disk, not only the operating system, before the answer leaves: one
+    `fdatasync` a group of requests.
+    """
+
     hmac_key: SecretSource | None = None
+    """32 bytes in Base64 or hex, used for nothing else. Closed files get an HMAC; without it they
+    get none.
+    """
+
     refusals_per_second: Annotated[int, Field(ge=1, le=100_000)] = 50
+    """Records of requests that nobody has signed, for each worker; ten seconds' worth at once. What
+    is more is counted in one record a second ([audit.md](audit.md#format)).
+    """
+
     required: Literal["all", "any"] = "all"
+    """Whether `all` places must take a record before the answer leaves, or `any` of them is enough.
+    """
+
     sink: tuple[Annotated[SyslogSettings | StdoutSettings, Field(discriminator="type")], ...] = ()
+    """Further places."""
 
     @field_validator("sink")
     @classmethod
@@ -494,7 +768,10 @@ class LogSettings(Section):
     """The operator's log, on standard error."""
 
     level: Literal["debug", "info", "warning", "error"] = "info"
+    """The least that is written."""
+
     format: Literal["text", "json"] = "text"
+    """For people or for programs; to standard error."""
 
 
 _TRACES_URL = re.compile(_ORIGIN.pattern + r"(/[!-~]*)")
@@ -511,17 +788,24 @@ class TracingSettings(Section):
 
     endpoint: Annotated[str, AfterValidator(_traces_url)]
     """Where spans are sent to by OTLP over HTTP (protobuf, gzip): the whole URL of a collector."""
+
     sample_ratio: Annotated[float, Field(gt=0, le=1)] = 0.001
     """Of how many requests: 1 for all, 0.001 for one in a thousand."""
+
     headers: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9-]+$")], SecretSource] = {}
     """What the collector wants beside, such as `{ Authorization = { file = "otlp.token" } }`; the
-    values are secrets."""
+    values are secrets.
+    """
+
     tls: ClientTlsSettings = ClientTlsSettings()
     """How the collector proves who it is, and the proxy to it."""
+
     plaintext: bool = False
     """For an address of `http://`, on this machine only."""
+
     service_name: str = "xkiproxy"
     """The `service.name` of the resource."""
+
     timeout_seconds: Seconds = 10
     """For each message to the collector, with its repetitions."""
 

@@ -43,8 +43,17 @@ class SecretSource(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     file: ConfigPath | None = None
+    """A file of the proxy's user (or root) that nobody else can reach: mode 0600 or 0400, checked.
+    A plain string instead of a table is one, too.
+    """
+
     env: str | None = None
+    """An environment variable."""
+
     credential: str | None = None
+    """A file in `$CREDENTIALS_DIRECTORY` (systemd's `LoadCredential=`); whoever fills the directory
+    answers for its access rights.
+    """
 
     @model_validator(mode="before")
     @classmethod
