@@ -1,8 +1,8 @@
 """Builds the site, and refuses what a reader would stumble over.
 
-The generator (zensical, strict) refuses links and anchors that lead nowhere. It says nothing of a
-page that no menu lists, of a listed one that is not there, and of files that a browser would
-fetch from elsewhere: these are looked for here.
+The generator (zensical, strict) refuses links to pages and anchors that are not there. It says
+nothing of other files that are missing, of a page that no menu lists, of a listed one that is
+not there, and of what a browser would fetch from elsewhere: these are looked for here.
 
 Example: `python -m website.build`
 """
@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -36,7 +37,7 @@ def build(root: Path) -> Path:
     )
     if done.returncode or "No issues found" not in done.stdout:
         raise SiteError(done.stdout)
-    _refuse(foreign(site))
+    _refuse(page_problems(site))
     return site
 
 
@@ -66,27 +67,44 @@ def _listed(entries: list[Any]) -> Iterator[str]:
                 yield from _listed(value)
 
 
-def foreign(site: Path) -> Iterator[str]:
-    """What a page would fetch from elsewhere by itself; links to follow are none of it."""
-    for path in sorted(site.rglob("*.html")):
-        for address in Fetched(path).addresses:
+def page_problems(site: Path) -> Iterator[str]:
+    """What a built page links to in vain, and what it would fetch from elsewhere by itself."""
+    pages = {path: Page(path) for path in sorted(site.rglob("*.html")) if path.name != "404.html"}
+    for path, page in pages.items():
+        name = path.relative_to(site)
+        for address in page.fetched:
             if address.startswith(("http:", "https:", "//")):
-                yield f"{path.relative_to(site)} fetches {address}"
+                yield f"{name} fetches {address}"
+        for address in [*page.fetched, *page.links]:
+            parts = urlsplit(address)
+            if parts.scheme or parts.netloc:
+                continue
+            there = (path.parent / unquote(parts.path)).resolve() if parts.path else path
+            if not there.exists():
+                yield f"{name} links to {address}: there is no such file"
+            elif parts.fragment and there in pages and parts.fragment not in pages[there].ids:
+                yield f"{name} links to {address}: there is no such heading"
 
 
-class Fetched(HTMLParser):
-    """The addresses of all that a browser loads with a page."""
+class Page(HTMLParser):
+    """What a browser loads with a page, where its links lead, and what others may link to."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
-        self.addresses: list[str] = []
+        self.fetched: list[str] = []
+        self.links: list[str] = []
+        self.ids: set[str] = set()
         self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """Every `src`, and the `href` of what is no link to follow."""
+        """`href` is a link to follow in `a`, and something to load in all else."""
         for name, value in attrs:
-            if name in {"src", "srcset", "data"} or (name == "href" and tag not in {"a", "base"}):
-                self.addresses.append(value or "")
+            if name == "id" and value:
+                self.ids.add(value)
+            elif name == "href" and tag == "a":
+                self.links.append(value or "")
+            elif name in {"src", "srcset", "data", "href"} and tag != "base":
+                self.fetched.append(value or "")
 
 
 if __name__ == "__main__":

@@ -148,7 +148,7 @@ def _value(parameter: Any, hint: Any) -> str:
     word = parameter.metavar or _WORDS.get(kind, "PATH")
     if parameter.param_type_name == "argument":
         word = _WORDS.get(kind, "PATH")
-    least, most = told.min, told.max
+    least, most = getattr(told, "min", None), getattr(told, "max", None)
     if least is not None and most is not None:
         return f"{word}, {least} to {most}"
     return word if least is None else f"{word}, at least {least}"
