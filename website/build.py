@@ -9,6 +9,7 @@ Example: `python -m website.build`
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 ROOT = Path(__file__).resolve().parents[1]
+_RAW = re.compile(r"^\s*([-*] |1\. |\|).*", re.MULTILINE)
 
 
 class SiteError(Exception):
@@ -68,10 +70,12 @@ def _listed(entries: list[Any]) -> Iterator[str]:
 
 
 def page_problems(site: Path) -> Iterator[str]:
-    """What a built page links to in vain, and what it would fetch from elsewhere by itself."""
+    """What a built page links to in vain, would fetch from elsewhere, or shows as it was typed."""
     pages = {path: Page(path) for path in sorted(site.rglob("*.html")) if path.name != "404.html"}
     for path, page in pages.items():
         name = path.relative_to(site)
+        for text in page.raw:
+            yield f"{name}: a list or a table needs an empty line above it: {text}"
         for address in page.fetched:
             if address.startswith(("http:", "https:", "//")):
                 yield f"{name} fetches {address}"
@@ -94,10 +98,14 @@ class Page(HTMLParser):
         self.fetched: list[str] = []
         self.links: list[str] = []
         self.ids: set[str] = set()
+        self.raw: list[str] = []
+        self._paragraph: list[str] = []
         self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         """`href` is a link to follow in `a`, and something to load in all else."""
+        if tag == "p":
+            self._paragraph = []
         for name, value in attrs:
             if name == "id" and value:
                 self.ids.add(value)
@@ -105,6 +113,15 @@ class Page(HTMLParser):
                 self.links.append(value or "")
             elif name in {"src", "srcset", "data", "href"} and tag != "base":
                 self.fetched.append(value or "")
+
+    def handle_data(self, data: str) -> None:
+        """The words of a paragraph are kept until its end."""
+        self._paragraph.append(data)
+
+    def handle_endtag(self, tag: str) -> None:
+        """A line of a paragraph that begins as an item or a row does was meant as one."""
+        if tag == "p" and (line := _RAW.search("".join(self._paragraph))):
+            self.raw.append(line[0].strip())
 
 
 if __name__ == "__main__":

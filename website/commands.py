@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
@@ -33,6 +34,7 @@ said on standard error. The configuration is `xkiproxy.toml` in the current fold
 """
 
 _EXAMPLES = re.compile(r"\bExamples?: ")
+_CONTINUED = " \\\n    "
 _WORDS = {int: "integer", float: "number", str: "TEXT"}
 
 
@@ -101,8 +103,12 @@ def _shell(text: str) -> str:
     for part in re.split(r"\n\n|;\s", text):
         said, name, rest = " ".join(part.split()).partition("xkiproxy ")
         lines += [f"# {said.rstrip(': ')}"] if said else []
-        lines += [name + rest]
+        lines += [_CONTINUED.join(_wrap(name + rest))]
     return "\n".join(lines)
+
+
+def _wrap(command: str) -> list[str]:
+    return textwrap.wrap(command, 84, break_long_words=False, break_on_hyphens=False)
 
 
 def _usage(command: Command) -> str:

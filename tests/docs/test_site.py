@@ -92,6 +92,17 @@ def test_an_image_from_elsewhere_stops_the_build(tmp_path: Path) -> None:
         build(root)
 
 
+@pytest.mark.parametrize("text", ["Three:\n- a\n- b", "Three:\n1. a", "Three:\n| a |\n| --- |"])
+def test_a_list_that_would_be_shown_as_it_was_typed_stops_the_build(
+    tmp_path: Path, text: str
+) -> None:
+    root = copy(tmp_path)
+    with (root / "docs" / "security.md").open("a") as page:
+        page.write(f"\n{text}\n")
+    with pytest.raises(SiteError, match="needs an empty line above it"):
+        build(root)
+
+
 def test_a_page_in_no_menu_stops_the_build(tmp_path: Path) -> None:
     root = copy(tmp_path)
     (root / "docs" / "kmis" / "new.md").write_text("# New\n")
