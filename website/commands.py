@@ -174,6 +174,7 @@ def _default(parameter: Any) -> str:
         return "required"
     if isinstance(default, Enum):
         default = default.value
-    written = "" if default in (None, "", False, [], ()) else f"`{default}`"
+    is_shown = default is not None and default is not False and default not in ("", [], ())
+    written = f"`{default}`" if is_shown else ""
     variable = f"`${parameter.envvar}`" if isinstance(parameter.envvar, str) else ""
     return ", else ".join(part for part in (variable, written) if part)

@@ -112,6 +112,12 @@ def test_the_commands_do_not_depend_on_who_makes_the_page() -> None:
     assert made.stdout.decode() == (DOCS / "commands.md").read_text()
 
 
+def test_a_default_of_nought_is_shown_and_one_of_nothing_is_not() -> None:
+    page = (DOCS / "commands.md").read_text()
+    assert "| `--limit` | integer, at least 0 | `0` |" in page
+    assert "| `--json` | | | Print JSON, for programs. |" in page
+
+
 def test_nothing_of_this_machine_is_in_them() -> None:
     for text in references().values():
         for own in (str(ROOT), str(Path.home()), sys.prefix, socket.gethostname()):

@@ -1,4 +1,7 @@
-"""The shape of xkiproxy.toml. Unknown keys are errors; every default is safe to run with."""
+"""The shape of xkiproxy.toml. Unknown keys are errors; every default is safe to run with.
+
+The text below a field is its meaning in docs/configuration.md: `make references` puts it there.
+"""
 
 from __future__ import annotations
 
