@@ -200,7 +200,10 @@ def test_proxy_with_an_hsm_lives_under_the_filters(service: Service) -> None:
     assert service.notice() == {"READY": "1"}
 
     service.process.send_signal(signal.SIGTERM)
-    assert service.notice() == {"STOPPING": "1"}
+    notice = service.notice()
+    assert notice.pop("STOPPING") == "1"
+    assert 15e6 <= int(notice.pop("EXTEND_TIMEOUT_USEC")) <= 40e6
+    assert notice == {}
     assert service.process.wait(timeout=60) == 0, service.log.read_text()
 
 

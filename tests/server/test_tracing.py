@@ -19,6 +19,7 @@ from collector import Collector, Span
 from harness import make_certificate
 from hsm import make_hsm, ready_lanes
 from test_end_to_end import Installation, wait_for
+from test_hsm_server import HsmInstallation
 from test_workers import Workers
 
 from xkiproxy.observability.timing import Batch, Timing, Visit
@@ -61,19 +62,9 @@ def collector(tls: Path) -> Iterator[Collector]:
 def proxy(
     tmp_path: Path, tls: Path, collector: Collector, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Installation]:
-    """On an HSM with one lane; every request is traced."""
+    """On an HSM; every request is traced."""
     hsm = make_hsm(tmp_path / "hsm", monkeypatch)
-
-    class OnHsm(Installation):
-        def run(self, *arguments: str, **more: object):  # type: ignore[no-untyped-def]
-            if arguments[0] == "init":
-                arguments += (
-                    "--kmi", "pkcs11", "--module", str(hsm.module), "--token", hsm.token,
-                    "--pin-file", str(hsm.pin_file),
-                )  # fmt: skip
-            return super().run(*arguments, **more)  # type: ignore[arg-type]
-
-    made = OnHsm(tmp_path / "demo")
+    made = HsmInstallation(tmp_path / "demo", hsm)
     trace(made, collector, tls, 1)
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_CERTIFICATE", str(tls / "nobody.crt"))
     monkeypatch.setenv("OTEL_TRACES_SAMPLER", "always_off")

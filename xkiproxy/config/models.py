@@ -147,6 +147,11 @@ class ServerSettings(Section):
     idle_timeout_seconds: Seconds = 75
     """A connection without a request is closed."""
 
+    shutdown_delay_seconds: Annotated[float, Field(ge=0, le=300)] = 0
+    """How long requests are still served after SIGTERM, with `/readyz` red, so that load balancers
+    notice; a second signal ends it.
+    """
+
     shutdown_timeout_seconds: Seconds = 15
     """For what has begun when SIGTERM comes."""
 

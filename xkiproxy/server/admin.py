@@ -40,7 +40,7 @@ class Overview(Protocol):
         """The same as numbers."""
         ...
 
-    async def problems(self) -> list[str]:
+    async def obstacles(self) -> list[str]:
         """Why it is not ready; empty when it is."""
         ...
 
@@ -63,9 +63,9 @@ class OneProcess:
         """See `Overview`."""
         return self._runtime.metrics.collection.snapshot()
 
-    async def problems(self) -> list[str]:
+    async def obstacles(self) -> list[str]:
         """See `Overview`."""
-        return self._runtime.problems()
+        return self._runtime.obstacles()
 
     async def status(self) -> dict[str, Any]:
         """See `Overview`."""
@@ -110,9 +110,9 @@ def _application(overview: Overview, trend: Trend) -> web.Application:
         return web.Response(text="ok\n")
 
     async def readyz(_: web.Request) -> web.Response:
-        problems = await overview.problems()
-        if problems:
-            return web.Response(status=503, text="\n".join(problems) + "\n")
+        obstacles = await overview.obstacles()
+        if obstacles:
+            return web.Response(status=503, text="\n".join(obstacles) + "\n")
         return web.Response(text="ok\n")
 
     async def status(_: web.Request) -> web.Response:

@@ -6,12 +6,13 @@ Without the variable nothing is told.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 _log = logging.getLogger(__name__)
 
@@ -21,9 +22,20 @@ def notify_ready() -> None:
     _send("READY=1")
 
 
-def notify_stopping() -> None:
-    """It finishes what has begun, and ends."""
-    _send("STOPPING=1")
+async def notify_stopping(stop: asyncio.Event, seconds: float, grace: float) -> None:
+    """It ends: after so many seconds more, or as soon as `stop` is set again.
+
+    `grace` is what finishing takes at most, after that.
+    """
+    limit = int((seconds + grace) * 1e6)
+    _send(f"STOPPING=1\nEXTEND_TIMEOUT_USEC={limit}")
+    if seconds:
+        _log.info("stopping in %g seconds: not ready any more, still serving", seconds)
+        stop.clear()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await stop.wait()
+    _log.info("stopping: requests that have begun are finished")
 
 
 @contextmanager

@@ -77,6 +77,8 @@ def render(
 ) -> str:
     """The page; `status` is what /status says, `now` in UTC."""
     word = "ready" if status["ready"] else "not ready"
+    if status["ready"] and status["problems"]:
+        word = "ready, with problems"
     parts = [
         _head(status, word),
         _problems(status),
@@ -98,7 +100,7 @@ def render(
 
 
 def _head(status: Mapping[str, Any], word: str) -> str:
-    tone = "good" if status["ready"] else "bad"
+    tone = "bad" if not status["ready"] else "warn" if status["problems"] else "good"
     workers = status.get("workers")
     count = f", {len(workers)} workers" if workers else ""
     said = f"version {status['version']}, since {status['started']}, process {status['pid']}{count}"

@@ -62,6 +62,8 @@ _CHECK_SECONDS = 30.0
 _LAST_USE_SECONDS = 60.0
 _PURGE_SECONDS = 60.0
 
+STOPPING = "it is being stopped"
+
 _PARTS = ("audit", "catalog")
 """Without which nothing is served."""
 
@@ -100,6 +102,7 @@ class Runtime:
         self.history = History()
         self.strangers = Strangers(config.audit.refusals_per_second)
         self.started = datetime.now(UTC)
+        self.stopping = False
         self._tables = tables
         self._last_use = LastUse(last_use_path(config.catalog.path))
         self._quota_table = QuotaTable(tables.quotas if tables else None)
@@ -297,12 +300,32 @@ class Runtime:
             await asyncio.to_thread(_purge_due, self.config, kmis, now)
 
     def problems(self) -> list[str]:
-        """Why the proxy is not ready; empty when it is."""
-        found = [f"{part}: {reason}" for part, reason in self.condition.reasons.items()]
-        for kmi in self.kmis.values():
-            if kmi.state is KmiState.DISCONNECTED:
-                found.append(f"kmi {kmi.name} is disconnected: {kmi.error}")
-        return found
+        """What is wrong, whether or not the proxy can serve."""
+        return self._refusals() + self._missing()
+
+    def obstacles(self) -> list[str]:
+        """Why the proxy is not ready; empty when it is.
+
+        It is ready while it can serve one key store: who asks is a load balancer, and a KMI that
+        is away must not take the key stores of others with it, nor one that has another KMI.
+        """
+        if self.stopping:
+            return [STOPPING]
+        return self._refusals() or ([] if self._can_serve_any() else self._missing())
+
+    def _refusals(self) -> list[str]:
+        return [f"{part}: {reason}" for part, reason in self.condition.reasons.items()]
+
+    def _missing(self) -> list[str]:
+        return [
+            f"kmi {kmi.name} is disconnected: {kmi.error}"
+            for kmi in self.kmis.values()
+            if kmi.state is KmiState.DISCONNECTED
+        ]
+
+    def _can_serve_any(self) -> bool:
+        kmis = [kmi for tenant in self.tenants for kmi in tenant.store.kmis]
+        return any(kmi.state is not KmiState.DISCONNECTED for kmi in kmis)
 
     def status(self) -> dict[str, Any]:
         """What /status shows: no secret, nothing of a request."""
@@ -311,7 +334,7 @@ class Runtime:
             "version": __version__,
             "pid": os.getpid(),
             "started": self.started.isoformat(timespec="seconds"),
-            "ready": not self.problems(),
+            "ready": not self.obstacles(),
             "problems": self.problems(),
             "reload": self.history.status(),
             "audit": {

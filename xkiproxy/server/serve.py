@@ -31,6 +31,9 @@ from xkiproxy.server.supervisor import supervise
 
 _log = logging.getLogger(__name__)
 
+_CLOSE_SECONDS = 10
+"""What lanes, logs and traces take to close, at most."""
+
 _OTHER_FILES = 256
 """Files that are no connections: the catalog, logs, lanes."""
 
@@ -70,8 +73,10 @@ async def _serve_alone(config: Config, stop: asyncio.Event) -> None:
         _log.info("xkiproxy %s serves %s://%s:%d", __version__, scheme, *public.listener.address)
         notify_ready()
         await stop.wait()
-        notify_stopping()
-        _log.info("stopping: requests that have begun are finished")
+        runtime.stopping = True
+        settings = config.server
+        grace = settings.shutdown_timeout_seconds + _CLOSE_SECONDS
+        await notify_stopping(stop, settings.shutdown_delay_seconds, grace)
 
 
 class PublicSide:

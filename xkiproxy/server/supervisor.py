@@ -33,7 +33,7 @@ from xkiproxy.server.admin import admin_listener
 from xkiproxy.server.listener import bind
 from xkiproxy.server.notify import notify_ready, notify_reload, notify_stopping
 from xkiproxy.server.reload import History
-from xkiproxy.server.runtime import Tables
+from xkiproxy.server.runtime import STOPPING, Tables
 
 _log = logging.getLogger(__name__)
 
@@ -89,6 +89,7 @@ class Supervisor:
         self._tables = Tables(-1, -1)
         self._history = History()
         self._reloading = asyncio.Lock()
+        self._stopping = False
 
     async def run(self, stop: asyncio.Event) -> None:
         """See `supervise`."""
@@ -110,8 +111,10 @@ class Supervisor:
             keepers = [asyncio.create_task(self._keep(worker)) for worker in self._workers]
             notify_ready()
             await stop.wait()
-            notify_stopping()
-            _log.info("stopping: requests that have begun are finished")
+            self._stopping = True
+            settings = self._config.server
+            grace = settings.shutdown_timeout_seconds + 2 * _KILL_SECONDS
+            await notify_stopping(stop, settings.shutdown_delay_seconds, grace)
         finally:
             for keeper in keepers:
                 keeper.cancel()
@@ -266,24 +269,27 @@ class Supervisor:
         snapshots = [from_json(report["metrics"]) for report in self._reports()]
         return _with_one_state(collection.merge([collection.snapshot(), self._ended, *snapshots]))
 
-    async def problems(self) -> list[str]:
+    async def obstacles(self) -> list[str]:
         """See `Overview`: a server is ready when all of its workers are."""
+        return [STOPPING] if self._stopping else self._said("obstacles")
+
+    def _said(self, what: str) -> list[str]:
+        """The `problems` or `obstacles` of all workers."""
         found = []
         for worker in self._workers:
             report = worker.report
-            problems = ["it is being started"] if report is None else report["problems"]
-            found += [f"{worker.name}: {problem}" for problem in problems]
+            texts = ["it is being started"] if report is None else report[what]
+            found += [f"{worker.name}: {text}" for text in texts]
         return found
 
     async def status(self) -> dict[str, Any]:
         """See `Overview`."""
-        problems = await self.problems()
         return {
             "version": __version__,
             "pid": os.getpid(),
             "started": self._started.isoformat(timespec="seconds"),
-            "ready": not problems,
-            "problems": problems,
+            "ready": not await self.obstacles(),
+            "problems": self._said("problems"),
             "reload": self._history.status(),
             "workers": [
                 None if worker.report is None else worker.report["status"]

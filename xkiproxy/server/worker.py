@@ -130,6 +130,7 @@ class _Obedience:
 def _report(runtime: Runtime) -> dict[str, Any]:
     return {
         "problems": runtime.problems(),
+        "obstacles": runtime.obstacles(),
         "status": runtime.status(),
         "metrics": to_json(runtime.metrics.collection.snapshot()),
     }
