@@ -271,6 +271,22 @@ def test_search_prints_a_table(run: Run, search: Callable[..., list[int]], site:
     assert "is no time" in wrong.err
 
 
+def test_a_long_name_does_not_widen_the_table(run: Run, site: Site) -> None:
+    log = AuditLog(site.directory / "audit.jsonl")
+    arn = f"acs:ram::1:user/{'n' * 2000}/the-end"
+    log.append([encode({"time": "2026-01-31T12:00:00Z", "principal": arn, "key": "long"})])
+    log.append([encode({"event": "key_changed", "key": "long"})])
+    log.close()
+    lines = run("audit", "search", "--config", site.config, "--key", "long").out.splitlines()
+    assert max(map(len, lines)) < 300
+    assert "acs:ram::1:user/" in lines[1]
+    assert "…" in lines[1]
+    assert "/the-end" in lines[1]
+    assert "key_changed" in lines[2]
+    whole = run("audit", "search", "--config", site.config, "--key", "long", "--json").out
+    assert arn in whole
+
+
 def test_search_goes_on_when_its_reader_does_not(long_log: Path) -> None:
     """`| head`: no traceback."""
     with subprocess.Popen(

@@ -42,6 +42,7 @@ _PROGRESS_SECONDS = 1.0
 _TRIES = 5
 _AGO = re.compile(r"(\d+)([smhd])")
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
+_MAX_CELL = 72
 _COLUMNS = (
     "time", "seq", "keystore", "operation", "key", "principal", "status", "code", "request_id",
     "kms_request_id",
@@ -137,7 +138,7 @@ def search(
         for record in records:
             sys.stdout.write(orjson.dumps(record).decode() + "\n")
         return
-    rows = [[_cell(record.get(column)) for column in _COLUMNS] for record in records]
+    rows = [[_cell(record, column) for column in _COLUMNS] for record in records]
     print_table([column.upper() for column in _COLUMNS], rows)
 
 
@@ -337,5 +338,11 @@ def _parse_time(text: str, now: datetime) -> datetime:
     return made if made.tzinfo else made.replace(tzinfo=UTC)
 
 
-def _cell(value: object) -> object:
-    return "" if value is None else value
+def _cell(record: dict[str, Any], column: str) -> str:
+    """A field for people; what the log says of itself has an event for an operation."""
+    value = record.get(column)
+    if value is None and column == "operation":
+        value = record.get("event")
+    text = "" if value is None else str(value)
+    # One long ARN would pad all lines; --json has it whole.
+    return text if len(text) <= _MAX_CELL else f"{text[: _MAX_CELL // 2]}…{text[-_MAX_CELL // 2 :]}"

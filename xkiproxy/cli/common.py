@@ -23,8 +23,9 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for progra
 
 DEFAULT_CONFIG = Path("xkiproxy.toml")
 
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+# `acs:ram:` in a name is no picture of a ram: no emoji.
+out = Console(highlight=False, soft_wrap=True, emoji=False)
+err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 
 class CommandError(Exception):

@@ -48,6 +48,7 @@ from xkiproxy.observability.tracing import Tracer, TracingError, TracingOptions,
 from xkiproxy.protocols.registry import PROTOCOLS
 from xkiproxy.server.condition import Condition
 from xkiproxy.server.gateway import Tenant
+from xkiproxy.server.key_changes import KeyChanges
 from xkiproxy.server.networks import Networks
 from xkiproxy.server.reload import Change, History, describe, fixed_differences
 from xkiproxy.server.strangers import Strangers
@@ -236,7 +237,9 @@ class Runtime:
             _every(_CHECK_SECONDS, self.check_kmis),
             _every(_LAST_USE_SECONDS, lambda: asyncio.to_thread(self._write_last_use)),
         ]
-        if purges:
+        if purges:  # one process of several does what is to be done once
+            changes = KeyChanges(self.catalog)
+            work.append(_every(_AUDIT_SECONDS, partial(_write_changes, changes, audit)))
             work.append(_every(_PURGE_SECONDS, self._purge))
         await asyncio.gather(*work)
 
@@ -443,6 +446,14 @@ def _store_status(tenant: Tenant) -> dict[str, Any]:
             for name, created in tenant.store.signing_keys.created.items()
         ],
     }
+
+
+async def _write_changes(changes: KeyChanges, audit: Sink) -> None:
+    records = [encode(record) for record in changes.records()]
+    if records:
+        with suppress(AuditError):  # the next round finds the same changes
+            audit.append(records)
+            changes.forget()
 
 
 def _purge_due(config: Config, kmis: set[str], now: float) -> None:

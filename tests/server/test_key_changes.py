@@ -1,0 +1,76 @@
+"""What commands do to keys beside a running server stands in its audit log."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_end_to_end import wait_for
+from test_workers import Workers
+
+from xkiproxy.crypto.algorithms import Usage
+from xkiproxy.crypto.operations import KeyState
+from xkiproxy.keystores.catalog import CatalogEntry
+from xkiproxy.keystores.sqlite_catalog import SqliteCatalog
+from xkiproxy.server.key_changes import KeyChanges
+
+
+@pytest.fixture(params=[1, 2], ids=["one process", "two workers"])
+def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Workers]:
+    made = Workers(tmp_path / "demo", request.param)
+    made.start()
+    yield made
+    made.stop(signal.SIGKILL)
+
+
+def changes(server: Workers) -> list[dict[str, Any]]:
+    return [record for record in server.records() if record.get("event") == "key_changed"]
+
+
+def test_each_change_has_one_record(server: Workers) -> None:
+    steps: list[tuple[list[str], Any, Any]] = [
+        (["create", "payroll"], None, {"state": "ENABLED", "usage": ["encrypt", "decrypt"]}),
+        (["disable", "payroll"], "ENABLED", "DISABLED"),
+        (["label", "payroll", "stage=test"], {"state": "DISABLED"}, {"labels": {"stage": "test"}}),
+        (["delete", "payroll", "--days", "7"], "DISABLED", "PENDING_DELETION"),
+    ]
+    for number, (command, before, after) in enumerate(steps, 1):
+        server.run("keys", *command)
+        wait_for(lambda number=number: len(changes(server)) == number)
+        record = changes(server)[-1]
+        assert (record["kmi"], record["key"]) == ("local", "payroll")
+        for wanted, found in ((before, record["before"]), (after, record["after"])):
+            if isinstance(wanted, dict):
+                assert {name: found[name] for name in wanted} == wanted
+            else:
+                assert (found and found["state"]) == wanted
+    assert "deletion_time" in changes(server)[-1]["after"]
+    found = server.run("audit", "search", "--key", "payroll", "--json").stdout
+    assert found.count("key_changed") == 4
+    assert "payroll" in server.run("audit", "search", "--key", "payroll").stdout
+    server.stop()
+    server.run("audit", "verify")
+
+
+def test_what_could_not_be_written_is_written_later(tmp_path: Path) -> None:
+    catalog, beside = (SqliteCatalog(tmp_path / "catalog.db") for _ in range(2))
+    beside.put(CatalogEntry("local", "old", KeyState.ENABLED, Usage.BOTH, 0.0))
+    catalog.refresh()
+    noted = KeyChanges(catalog)
+    assert list(noted.records()) == []
+    beside.put(CatalogEntry("local", "old", KeyState.DISABLED, Usage.ENCRYPT, 0.0))
+    beside.put(CatalogEntry("local", "new", KeyState.ENABLED, Usage.BOTH, 0.0))
+    catalog.refresh()
+    first, second = noted.records()
+    assert (first["key"], first["before"]) == ("new", None)
+    assert second["after"] == {"state": "DISABLED", "usage": ["encrypt"]}
+    beside.remove("local", "old")
+    catalog.refresh()
+    assert [record["after"] for record in noted.records()] == [first["after"], None]
+    noted.forget()
+    assert list(noted.records()) == []
+    json.dumps(first["after"])
