@@ -4,6 +4,7 @@
 #   make dashboards   grafana/dashboards anew, after a change in grafana/source
 #   make references   the tables of docs/configuration.md and docs/commands.md anew
 #   make docs   the documentation as a site, in site/
+#   make deb    the Debian package, dist/xkiproxy_VERSION_ARCH.deb
 #   make bench  the benchmark with its targets; make bench-quick in a minute
 # The tests hold the hot path to its budget of instructions; `make gate` shows the table alone.
 PYTHON ?= python3
@@ -11,7 +12,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 DEMO   ?= run/demo
 
-.PHONY: run test lint dashboards references docs bench bench-quick gate system-packages clean
+.PHONY: run test lint dashboards references docs deb bench bench-quick gate system-packages clean
 
 run: $(BIN)/.installed
 	@test -e $(DEMO)/xkiproxy.toml || $(BIN)/xkiproxy init $(DEMO)
@@ -34,6 +35,10 @@ references: $(BIN)/.installed
 
 docs: $(BIN)/.installed-docs
 	$(BIN)/python -m website.build
+
+deb:
+	@tests/system-packages.sh deb
+	@deploy/debian/build
 
 bench: system-packages $(BIN)/.installed-bench
 	$(BIN)/xkiproxy-bench run --output run/bench/results.json --plots run/bench

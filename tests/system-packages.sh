@@ -1,5 +1,6 @@
 #!/bin/sh
-# Installs the Debian packages that the tests use, where they are missing.
+# Installs the Debian packages that the tests use, where they are missing; with the argument `deb` only
+# those that `make deb` uses.
 set -eu
 
 missing=""
@@ -31,6 +32,13 @@ need_file rsyslog-openssl /usr/lib/*/rsyslog/lmnsd_ossl.so
 need systemd-analyze systemd
 need chromium chromium
 need_file libseccomp2 /usr/lib/*/libseccomp.so.2 /lib/*/libseccomp.so.2
+need mmdebstrap mmdebstrap
+need systemd-nspawn systemd-container
+need lintian lintian
+[ "${1:-}" != deb ] || missing=""
+need dh debhelper
+need dpkg-buildpackage dpkg-dev
+need_file python3-venv /usr/lib/python3.*/ensurepip
 
 [ -n "$missing" ] || exit 0
 sudo=""

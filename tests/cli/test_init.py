@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import socket
@@ -249,7 +250,6 @@ def test_the_configuration_may_have_another_name(
     assert run("init", "--config", tmp_path / "a" / "proxy.toml").status == 0
     assert (tmp_path / "a" / "proxy.toml").exists()
     assert run("init", tmp_path / "b", "--config", tmp_path / "b" / "proxy.toml").status == 0
-    assert run("init", tmp_path / "c", "--config", tmp_path / "d" / "proxy.toml").status == 2
     assert run("init", tmp_path / "c", "--config", tmp_path / "c" / "master.key").status == 2
     monkeypatch.setenv("XKIPROXY_CONFIG", str(tmp_path / "e" / "proxy.toml"))
     assert run("init").status == 0
@@ -257,6 +257,81 @@ def test_the_configuration_may_have_another_name(
     assert run("init", tmp_path / "f").status == 0  # what is said outright goes before
     assert (tmp_path / "f" / "xkiproxy.toml").exists()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "e", "f"]
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["new", "empty"])
+def test_the_configuration_may_have_another_place(run: Run, tmp_path: Path, there: bool) -> None:
+    etc, state = tmp_path / "etc", tmp_path / "var" / "state"
+    etc.mkdir(mode=0o755)
+    if there:
+        state.mkdir(parents=True)
+    made = run("init", state, "--config", etc / "proxy.toml")
+    assert made.status == 0, made.err
+    assert str(etc / "proxy.toml") in made.out
+    assert files(tmp_path / "etc") == ["proxy.toml"]
+    assert files(state) == sorted(FILES.keys() - {"xkiproxy.toml"})
+    assert mode(state) == 0o700
+    config = load_config(etc / "proxy.toml")
+    assert (config.catalog.path, config.audit.path) == (state / "catalog.db", state / "audit.jsonl")
+    listed = run("keys", "list", "--json", "--config", etc / "proxy.toml")
+    assert listed.json()[0]["id"] == "demo-key"
+    assert run("check", "--config", etc / "proxy.toml").status == 0
+
+
+def test_another_place_on_another_file_system(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Links between file systems are refused: the configuration is copied, and never over one."""
+
+    link = os.link
+
+    def refused(source: Path, place: Path) -> None:
+        if place.parent.name == "etc":
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        link(source, place)
+
+    (tmp_path / "etc").mkdir(mode=0o755)
+    monkeypatch.setattr(os, "link", refused)
+    assert run("init", tmp_path / "a", "--config", tmp_path / "etc" / "a.toml").status == 0
+    assert load_config(tmp_path / "etc" / "a.toml").path.name == "a.toml"
+    with pytest.raises(FileExistsError):
+        init_module._move(tmp_path / "a" / "master.key", tmp_path / "etc" / "a.toml")
+    assert load_config(tmp_path / "etc" / "a.toml").path.name == "a.toml"
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["new", "empty"])
+def test_another_place_that_is_unfit_leaves_nothing(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool
+) -> None:
+    state, etc = tmp_path / "state", tmp_path / "etc"
+    if there:
+        state.mkdir()
+    config = etc / "proxy.toml"
+    missing = run("init", state, "--config", config)
+    assert (missing.status, "is no directory" in missing.err) == (1, True)
+    etc.mkdir()
+    etc.chmod(0o777)
+    open_to_all = run("init", state, "--config", config)
+    assert (open_to_all.status, "chmod go-w" in open_to_all.err) == (1, True)
+    etc.chmod(0o755)
+    config.write_text("mine")
+    taken = run("init", state, "--config", config)
+    assert (taken.status, "is there already" in taken.err) == (1, True)
+    assert config.read_text() == "mine"
+    config.unlink()
+
+    move: Callable[[Path, Path], None] = init_module._move
+
+    def broken(source: Path, place: Path) -> None:
+        if place == config:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        move(source, place)
+
+    monkeypatch.setattr(init_module, "_move", broken)
+    failed = run("init", state, "--config", config)
+    assert (failed.status, "No space left" in failed.err) == (1, True)
+    assert files(tmp_path) == []
+    assert state.exists() == there
 
 
 def test_misuse_is_status_2_and_makes_nothing(run: Run, tmp_path: Path) -> None:

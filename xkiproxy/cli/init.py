@@ -6,6 +6,7 @@ a failure midway leaves nothing, and nothing that is there is ever overwritten.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shlex
@@ -51,9 +52,9 @@ class HsmPlan:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is to be made."""
+    """What is to be made; the configuration may have its place outside of the directory."""
 
-    config_name: str
+    config: Path
     hosts: list[str]
     certificate_key: CertificateKey
     keystore: str
@@ -75,7 +76,8 @@ def init(
             "--config",
             "-c",
             envvar="XKIPROXY_CONFIG",
-            help=f"The configuration file to make. [default: DIRECTORY/{_DEFAULT_NAME}]",
+            help="The configuration file to make; outside of DIRECTORY it names all of it by full"
+            f" paths. [default: DIRECTORY/{_DEFAULT_NAME}]",
             metavar="FILE",
         ),
     ] = None,
@@ -110,10 +112,12 @@ def init(
 
     With an HSM: xkiproxy init /etc/xkiproxy --kmi pkcs11 --module /usr/lib/softhsm/libsofthsm2.so
     --token production --pin-file pin
+
+    For a service: xkiproxy init /var/lib/xkiproxy --config /etc/xkiproxy/xkiproxy.toml
     """
     from_environment = context.get_parameter_source("config").name == "ENVIRONMENT"  # type: ignore[union-attr]
-    target, name = _place(directory, config, from_environment)
-    if not name.endswith(".toml"):
+    target, file = _places(directory, config, from_environment)
+    if file.suffix != ".toml":
         raise typer.BadParameter("its name must end in .toml", param_hint="--config")
     if _KEYSTORE.fullmatch(keystore) is None:
         raise typer.BadParameter("1 to 63 of a-z 0-9 _ -", param_hint="--keystore")
@@ -125,8 +129,8 @@ def init(
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--host") from None
     hsm = _hsm_plan(kmi, module, token, pin_file)
-    make(target, Plan(name, hosts, certificate_key, keystore, protocol, key, kmi, hsm))
-    _report(target, name, as_json)
+    make(target, Plan(file, hosts, certificate_key, keystore, protocol, key, kmi, hsm))
+    _report(target, file, as_json)
 
 
 def _hsm_plan(
@@ -151,6 +155,9 @@ def make(target: Path, plan: Plan) -> None:
     A new or empty directory gets mode 0700, every secret 0600.
     """
     try:
+        if not _is_inside(plan.config, target):
+            _refuse_unfit(plan.config.parent)
+            _refuse_taken([plan.config])
         if target.exists():
             _fill(target, plan)
         else:
@@ -159,13 +166,14 @@ def make(target: Path, plan: Plan) -> None:
         raise CommandError(f"{error.filename or target}: {error.strerror}") from None
 
 
-def _place(directory: Path | None, config: Path | None, from_environment: bool) -> tuple[Path, str]:
-    """The directory and the name of the configuration in it, from two ways to say it."""
+def _places(
+    directory: Path | None, config: Path | None, from_environment: bool
+) -> tuple[Path, Path]:
+    """The directory and the configuration, from two ways to say it."""
     if config is None or (directory is not None and from_environment):
-        return directory or Path(), _DEFAULT_NAME
-    if directory is not None and config.parent.resolve() != directory.resolve():
-        raise typer.BadParameter("the configuration must stand in DIRECTORY", param_hint="--config")
-    return directory or config.parent, config.name
+        target = directory or Path()
+        return target, target / _DEFAULT_NAME
+    return directory or config.parent, config
 
 
 def _create(target: Path, plan: Plan) -> None:
@@ -176,8 +184,11 @@ def _create(target: Path, plan: Plan) -> None:
     try:
         staging = _staging(absolute.parent)
         try:
-            _build(staging, plan)
+            _build(staging, target, plan)
             staging.rename(absolute)
+            staging = absolute  # which is what a failure takes back from here on
+            if not _is_inside(plan.config, target):
+                _move(absolute / plan.config.name, plan.config)
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise
@@ -192,17 +203,14 @@ def _fill(target: Path, plan: Plan) -> None:
     """Build inside a directory that is there (it may be the current one), and move up."""
     if not target.is_dir():
         raise CommandError(f"{target}: is there and is no directory")
-    _refuse_taken(target, [plan.config_name])
+    _refuse_taken([target / plan.config.name])
     if not any(target.iterdir()):
         target.chmod(0o700)
-    elif target.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise CommandError(
-            f"{target}: others can write to it and replace its files; run: chmod go-w {target}"
-        )
+    _refuse_unfit(target)
     staging = _staging(target)
     try:
-        _build(staging, plan)
-        _publish(staging, target, plan.config_name)
+        _build(staging, target, plan)
+        _publish(staging, target, plan.config)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -211,14 +219,16 @@ def _staging(parent: Path) -> Path:
     return Path(tempfile.mkdtemp(prefix=".xkiproxy-init-", dir=parent))  # mode 0700
 
 
-def _publish(staging: Path, target: Path, last: str) -> None:
-    names = sorted((path.name for path in staging.iterdir()), key=lambda name: name == last)
-    _refuse_taken(target, names)
+def _publish(staging: Path, target: Path, config: Path) -> None:
+    """Move all up, the configuration last, which may have its place elsewhere."""
+    names = sorted((p.name for p in staging.iterdir()), key=lambda name: name == config.name)
+    places = [config if name == config.name else target / name for name in names]
+    _refuse_taken(places)
     moved: list[Path] = []
     try:
-        for name in names:
-            _move(staging / name, target / name)
-            moved.append(target / name)
+        for name, place in zip(names, places, strict=True):
+            _move(staging / name, place)
+            moved.append(place)
     except BaseException:
         for path in moved:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -230,18 +240,49 @@ def _move(source: Path, place: Path) -> None:
     if source.is_dir():
         place.mkdir(mode=0o700)
         source.rename(place)  # which replaces an empty directory: the one that was just made
-    else:
+        return
+    try:
         os.link(source, place)
-        source.unlink()
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        _copy(source, place)
+    source.unlink()
 
 
-def _refuse_taken(target: Path, names: list[str]) -> None:
-    for name in names:
-        if os.path.lexists(target / name):
-            raise CommandError(f"{target / name}: is there already; nothing was changed")
+def _copy(source: Path, place: Path) -> None:
+    """To another file system: only the configuration goes there, which holds no secret."""
+    with place.open("x", encoding="utf-8") as file:
+        try:
+            file.write(source.read_text(encoding="utf-8"))
+            file.flush()
+            os.fsync(file.fileno())
+        except BaseException:
+            place.unlink()
+            raise
 
 
-def _build(staging: Path, plan: Plan) -> None:
+def _is_inside(config: Path, target: Path) -> bool:
+    return config.parent.resolve() == target.resolve()
+
+
+def _refuse_unfit(directory: Path) -> None:
+    if not directory.is_dir():
+        raise CommandError(f"{directory}: is no directory")
+    if directory.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise CommandError(
+            f"{directory}: others can write to it and replace its files;"
+            f" run: chmod go-w {directory}"
+        )
+
+
+def _refuse_taken(places: list[Path]) -> None:
+    for place in places:
+        if os.path.lexists(place):
+            raise CommandError(f"{place}: is there already; nothing was changed")
+
+
+def _build(staging: Path, target: Path, plan: Plan) -> None:
     (staging / "tls").mkdir(mode=0o700)
     (staging / "credentials").mkdir(mode=0o700)
     certificate, private_key = self_signed(plan.hosts, plan.certificate_key, datetime.now(UTC))
@@ -249,15 +290,18 @@ def _build(staging: Path, plan: Plan) -> None:
     write_secret_file(staging / "tls" / "server.key", private_key)
     credentials = format_credentials([new_credential(plan.protocol)])
     write_secret_file(staging / "credentials" / f"{plan.keystore}.toml", credentials)
-    kmi_section = _KMIS[plan.kmi](staging, plan)
-    file = staging / plan.config_name
-    file.write_text(_config_text(plan, kmi_section), encoding="utf-8")
+    make_files, _ = _KMIS[plan.kmi]
+    make_files(staging, plan)
+    file = staging / plan.config.name
+    file.write_text(_config_text(plan, Path()), encoding="utf-8")
     try:
         config = load_config(file)
     except ConfigError as error:
         reasons = "; ".join(str(problem) for problem in error.problems)
         raise CommandError(f"cannot make this configuration: {reasons}") from None
     _create_key(config, plan.key_id)
+    if not _is_inside(plan.config, target):
+        file.write_text(_config_text(plan, target.absolute()), encoding="utf-8")
 
 
 def _create_key(config: Config, key_id: str) -> None:
@@ -279,40 +323,51 @@ def _create_key(config: Config, key_id: str) -> None:
         manager.close()
 
 
-def _software(staging: Path, plan: Plan) -> str:
+def _make_software(staging: Path, plan: Plan) -> None:
     """The embedded key manager: a keyring under a master key."""
     del plan
     master_key = new_master_key()
     write_secret_file(staging / "master.key", master_key + "\n")
     create_keyring(staging / "keyring.db", master_key)
-    return """\
+
+
+def _software_section(plan: Plan, base: Path) -> str:
+    del plan
+    return f"""\
 [[kmi]]
 name = "local"
 type = "software"
-keyring = "keyring.db"
-master_key = "master.key"            # keep a copy elsewhere: without it no key can be used
+keyring = {_toml(base / "keyring.db")}
+master_key = {_toml(base / "master.key")}            # keep a copy: without it no key can be used
 """
 
 
-def _pkcs11(staging: Path, plan: Plan) -> str:
+def _make_pkcs11(staging: Path, plan: Plan) -> None:
     """An HSM: its keys stay where they are, the PIN is written to a file of its own."""
+    assert plan.hsm is not None  # noqa: S101 - init() saw to it
+    write_secret_file(staging / "pin", plan.hsm.pin + "\n")
+
+
+def _pkcs11_section(plan: Plan, base: Path) -> str:
     hsm = plan.hsm
     assert hsm is not None  # noqa: S101 - init() saw to it
-    write_secret_file(staging / "pin", hsm.pin + "\n")
     return f"""\
 [[kmi]]
 name = "local"
 type = "pkcs11"
-module = {_toml(str(hsm.module))}
+module = {_toml(hsm.module)}
 token = {_toml(hsm.token)}
-pin = "pin"
+pin = {_toml(base / "pin")}
 lanes = 2                            # processes, each with a session of its own
 max_batch = 64                       # operations that a lane takes in one go
 """
 
 
-_KMIS: Mapping[str, Callable[[Path, Plan], str]] = {"software": _software, "pkcs11": _pkcs11}
-"""For each kind of KMI what makes its files in a directory, and returns its section, `local`."""
+_KMIS: Mapping[str, tuple[Callable[[Path, Plan], None], Callable[[Plan, Path], str]]] = {
+    "software": (_make_software, _software_section),
+    "pkcs11": (_make_pkcs11, _pkcs11_section),
+}
+"""For each kind of KMI what makes its files in a directory, and its section, `local`."""
 
 
 _CERTIFICATE = {
@@ -322,15 +377,26 @@ _CERTIFICATE = {
 """What to know of the certificate, by whether the cloud pins it."""
 
 
-def _toml(value: str) -> str:
+def _toml(value: str | Path) -> str:
     """A value that a user chose, quoted rightly whatever is in it."""
-    return tomli_w.dumps({"x": value}).removeprefix("x = ").strip()
+    return tomli_w.dumps({"x": str(value)}).removeprefix("x = ").strip()
 
 
-def _config_text(plan: Plan, kmi_section: str) -> str:
-    values = (plan.keystore, f"/{plan.keystore}", f"credentials/{plan.keystore}.toml")
-    name, prefix, file = map(_toml, values)
+def _config_text(plan: Plan, base: Path) -> str:
+    """The configuration; its files are below `base`, empty where they stand beside it."""
+    _, kmi_section = _KMIS[plan.kmi]
     certificate = _CERTIFICATE[CONSOLES[plan.protocol].pins_certificate]
+    written = (
+        ""
+        if base == Path()
+        else f"""
+[catalog]
+path = {_toml(base / "catalog.db")}
+
+[audit]
+path = {_toml(base / "audit.jsonl")}
+"""
+    )
     return f"""\
 # xkiproxy: what stands between a cloud's key management service and keys that stay at home.
 # Paths are relative to this file. Secrets never stand in it. Check it with: xkiproxy check
@@ -341,28 +407,28 @@ admin_listen = "127.0.0.1:9464"      # /metrics /livez /readyz /status
 workers = 1                          # processes that share the port
 
 [server.tls]
-certificate = "tls/server.crt"       # {certificate}
-private_key = "tls/server.key"
-
-{kmi_section}
+certificate = {_toml(base / "tls" / "server.crt")}       # {certificate}
+private_key = {_toml(base / "tls" / "server.key")}
+{written}
+{kmi_section(plan, base)}
 [[keystore]]
-name = {name}
+name = {_toml(plan.keystore)}
 protocol = {_toml(plan.protocol)}
-path_prefix = {prefix}
+path_prefix = {_toml(f"/{plan.keystore}")}
 kmi = ["local"]                      # in order of preference
-credentials = {file}
+credentials = {_toml(base / "credentials" / f"{plan.keystore}.toml")}
 """
 
 
-def _report(target: Path, config_name: str, as_json: bool) -> None:
-    config = target / config_name
+def _report(target: Path, config: Path, as_json: bool) -> None:
     if as_json:
         print_json({"config": str(config), "directory": str(target)})
         return
+    name = config.name if _is_inside(config, target) else str(config)
     out.print(f"Made {target}:", markup=False)
     print_fields(
         {
-            f"  {config_name}": "the configuration",
+            f"  {name}": "the configuration",
             "  tls/": "a self-signed certificate and its key",
             "  credentials/": "the access key with which the cloud signs",
             "  the rest": "secrets of the key manager, and the states of keys",
