@@ -13,7 +13,7 @@ HEAD = """\
 xkiproxy is licensed under the Apache License, Version 2.0, which is in
 /usr/share/common-licenses/Apache-2.0.
 
-Copyright (C) the xkiproxy authors
+Copyright (C) 2026 the xkiproxy authors
 
 The package holds these Python packages as their projects publish them, in
 {site}. Copyrights and full texts
