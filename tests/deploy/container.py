@@ -60,6 +60,7 @@ class Container:
 
     def __init__(self, root: Path, log: Path) -> None:
         self.root = root
+        (root / "etc" / "hosts").write_text("127.0.0.1 localhost\n::1 localhost\n")
         self._log = log
         self._cgroups: list[Path] = []
         name = f"xkiproxy-test-{os.getpid()}"
@@ -87,13 +88,13 @@ class Container:
             raise
 
     def run(
-        self, *command: str, check: bool = True, timeout: float = 120
+        self, *command: str, given: str = "", check: bool = True, timeout: float = 120
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command inside, as root; raises AssertionError with its output if it fails."""
+        """Run a command inside, as root; raises AssertionError with what it said if it fails."""
         done = subprocess.run(
             ["nsenter", f"--target={self._leader}", "-m", "-u", "-i", "-n", "-p", *command],
             env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"},
-            stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=timeout,
+            input=given, capture_output=True, text=True, check=False, timeout=timeout,
         )  # fmt: skip
         assert not check or done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
         return done

@@ -27,7 +27,15 @@ UNIT = ROOT / "deploy" / "systemd" / "xkiproxy.service"
 VENV = Path("usr/lib/xkiproxy")
 CONFIG = "/etc/xkiproxy/xkiproxy.toml"
 NEXT = "0.1.0+next"
-BASE = ["systemd-sysv", "python3.11"]
+BASE = ["systemd-sysv", "dbus", "python3.11", "softhsm2"]
+HSM = """
+[[kmi]]
+name = "hsm"
+type = "pkcs11"
+module = "/usr/lib/softhsm/libsofthsm2.so"
+token = "production"
+pin = { credential = "hsm-pin" }
+"""
 
 
 @pytest.fixture
@@ -60,9 +68,10 @@ def test_package_from_build_to_purge(place: Path) -> None:
     try:
         before = named_after_us(container.root)
         check_install(container)
-        ciphertext = check_first_configuration(container)
-        check_credential(container, ciphertext)
-        check_upgrade(container, ciphertext)
+        encrypted = check_first_configuration(container)
+        check_credential(container, encrypted)
+        check_hsm(container)
+        check_upgrade(container, encrypted)
         check_removal(container)
         check_purge(container, before)
     finally:
@@ -234,7 +243,7 @@ def first_steps(container: Container) -> list[list[str]]:
 
 
 def check_first_configuration(container: Container) -> str:
-    """The commands as they are printed lead to a running service; returns a ciphertext."""
+    """The commands as they are printed lead to a running service; returns what it encrypted."""
     steps = first_steps(container)
     assert [step[0] for step in steps] == ["xkiproxy", "chown", "systemctl"]
     for step in steps:
@@ -249,8 +258,8 @@ def check_first_configuration(container: Container) -> str:
     assert re.search(r"^Seccomp:\t2$", status, re.MULTILINE)
     assert container.run("readlink", f"/proc/{pid}/exe").stdout == "/usr/bin/python3.11\n"
 
-    checked = container.run("runuser", "-u", "xkiproxy", "--", "xkiproxy", "check", "-c", CONFIG)
-    assert checked.returncode == 0
+    as_user(container, "check")
+    as_user(container, "keys", "create", "second-key")
     answer = container.run(
         "/usr/lib/xkiproxy/bin/python3", "-c",
         "import ssl, sys, urllib.error, urllib.request as r\n"
@@ -263,23 +272,23 @@ def check_first_configuration(container: Container) -> str:
 
 
 def encrypt(container: Container) -> str:
-    done = call(container, "encrypt", "demo-key", "--plaintext", "hello", "--json")
-    return str(json.loads(done)["CiphertextBlob"])
+    """What a signed request over TLS brings back from the running service."""
+    return as_user(container, "call", "encrypt", "demo-key", "--plaintext", "hello", "--json")
 
 
-def decrypts(container: Container, ciphertext: str) -> None:
-    answer = call(container, "decrypt", "demo-key", "--ciphertext", ciphertext)
-    assert "hello" in answer, answer
+def decrypts(container: Container, encrypted: str) -> None:
+    assert "hello" in as_user(container, "call", "decrypt", "demo-key", given=encrypted)
 
 
-def call(container: Container, *arguments: str) -> str:
-    """A signed request to the running service, over TLS."""
-    done = container.run("xkiproxy", "call", *arguments, "--config", CONFIG, check=False)
+def as_user(container: Container, *arguments: str, given: str = "") -> str:
+    """A command as docs/deploy-debian.md says to run it; returns its output."""
+    command = ["runuser", "-u", "xkiproxy", "--", "xkiproxy", *arguments, "--config", CONFIG]
+    done = container.run(*command, given=given, check=False)
     assert done.returncode == 0, done.stdout + done.stderr + journal(container)
     return done.stdout
 
 
-def check_credential(container: Container, ciphertext: str) -> None:
+def check_credential(container: Container, encrypted: str) -> None:
     """The master key handed over by systemd, as docs/deploy-debian.md says."""
     config = container.root / CONFIG[1:]
     container.run(
@@ -293,16 +302,48 @@ def check_credential(container: Container, ciphertext: str) -> None:
     assert changed == 1
     config.write_text(text)
     container.run("systemctl", "restart", "xkiproxy")
-    decrypts(container, ciphertext)
-    listed = container.run(
+    decrypts(container, encrypted)
+    listed = with_credential(container, "master-key", "keys", "list", "--json")
+    assert [key["id"] for key in json.loads(listed)] == ["demo-key", "second-key"]
+
+
+def with_credential(container: Container, name: str, *arguments: str) -> str:
+    """A command that needs a secret which the unit hands over; returns its output."""
+    return container.run(
         "systemd-run", "--quiet", "--wait", "--pipe", "--uid=xkiproxy",
-        "--property=LoadCredential=master-key:/etc/xkiproxy/credentials/master-key",
-        "xkiproxy", "keys", "list", "--json", "--config", CONFIG,
+        f"--property=LoadCredential={name}:/etc/xkiproxy/credentials/{name}",
+        "xkiproxy", *arguments, "--config", CONFIG,
     ).stdout  # fmt: skip
-    assert [key["id"] for key in json.loads(listed)] == ["demo-key"]
 
 
-def check_upgrade(container: Container, ciphertext: str) -> None:
+def check_hsm(container: Container) -> None:
+    """A token that a group may use: its lanes work under the unit as it stands."""
+    container.run("adduser", "xkiproxy", "softhsm")
+    drop_in = container.root / "etc/systemd/system/xkiproxy.service.d/hsm.conf"
+    drop_in.parent.mkdir()
+    drop_in.write_text("[Service]\nReadWritePaths=/var/lib/softhsm/tokens\n")
+    container.run(
+        "runuser", "-u", "xkiproxy", "--", "softhsm2-util", "--init-token", "--free",
+        "--label=production", "--pin=123456", "--so-pin=12345678",
+    )  # fmt: skip
+    container.run(
+        "install", "-m", "0600", "/dev/stdin", "/etc/xkiproxy/credentials/hsm-pin", given="123456\n"
+    )
+    config = container.root / CONFIG[1:]
+    text, changed = re.subn(r'kmi = \["local"\]', 'kmi = ["local", "hsm"]', config.read_text())
+    assert changed == 1
+    config.write_text(text.replace("\n[[keystore]]", f"{HSM}\n[[keystore]]"))
+    with_credential(container, "hsm-pin", "keys", "create", "hsm-key", "--kmi", "hsm")
+    container.run("systemctl", "daemon-reload")
+    container.run("systemctl", "restart", "xkiproxy")
+    encrypted = as_user(container, "call", "encrypt", "hsm-key", "--plaintext", "hi", "--json")
+    assert "hi" in as_user(container, "call", "decrypt", "hsm-key", given=encrypted)
+    pid = main_pid(container)
+    lanes = container.run("cat", f"/proc/{pid}/task/{pid}/children").stdout.split()
+    assert len(lanes) >= 2
+
+
+def check_upgrade(container: Container, encrypted: str) -> None:
     """Configuration and keys stay; a running service is restarted, a stopped one is not started."""
     config = (container.root / CONFIG[1:]).read_bytes()
     before = main_pid(container)
@@ -312,12 +353,12 @@ def check_upgrade(container: Container, ciphertext: str) -> None:
     assert state(container) == "active"
     assert main_pid(container) not in {0, before}
     assert container.run("systemctl", "is-enabled", "xkiproxy").stdout == "enabled\n"
-    decrypts(container, ciphertext)
+    decrypts(container, encrypted)
     container.run("systemctl", "stop", "xkiproxy")
     container.run("dpkg", "--install", "/xkiproxy.deb")  # back, which dpkg does with a warning
     assert state(container) == "inactive"
     container.run("systemctl", "start", "xkiproxy")
-    decrypts(container, ciphertext)
+    decrypts(container, encrypted)
 
 
 def check_removal(container: Container) -> None:
@@ -344,8 +385,8 @@ def check_purge(container: Container, before: set[str]) -> None:
     said = re.findall(r"kept (\S+),", done.stderr)
     assert said == ["/etc/xkiproxy/credentials", "/etc/xkiproxy", "/var/lib/xkiproxy"]
     assert named_after_us(container.root) - before == {
+        "/etc/systemd/system/xkiproxy.service.d",  # ours, not the package's
         "/etc/xkiproxy",
         "/var/lib/xkiproxy",
-        "/xkiproxy.deb",
     }
     assert "xkiproxy" not in container.run("dpkg", "--list").stdout
