@@ -17,6 +17,11 @@ from pathlib import Path
 
 _BOOT_SECONDS = 60
 _CGROUPS = Path("/sys/fs/cgroup")
+_ENVIRONMENT = {
+    "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
+    "LC_ALL": "C.UTF-8",
+    "DEBIAN_FRONTEND": "noninteractive",
+}
 
 
 def unavailable() -> str | None:
@@ -93,7 +98,7 @@ class Container:
         """Run a command inside, as root; raises AssertionError with what it said if it fails."""
         done = subprocess.run(
             ["nsenter", f"--target={self._leader}", "-m", "-u", "-i", "-n", "-p", *command],
-            env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"},
+            env=_ENVIRONMENT,
             input=given, capture_output=True, text=True, check=False, timeout=timeout,
         )  # fmt: skip
         assert not check or done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
