@@ -2,7 +2,7 @@
 
     python sandbox.py UNIT COMMAND [ARGUMENT...]
 
-systemd itself cannot be run in a test. This does with libseccomp what it does for
+systemd itself is run in test_deb.py alone. This does with libseccomp what it does for
 SystemCallFilter=, MemoryDenyWriteExecute=, RestrictAddressFamilies= and NoNewPrivileges=, from the
 lines of the unit itself, and it is not root in there; mounts it leaves alone.
 """
