@@ -259,7 +259,9 @@ def test_keys_and_states_survive_a_kill(running: Installation) -> None:
     assert chain["records"] >= 3
     assert chain["problems"] == []
     found = running.run("audit", "search", "--key", "other", "--json").stdout.splitlines()
-    assert [json.loads(line)["code"] for line in found] == ["KeyDisabledForbidden"]
+    # Beside it there may be the change of the key itself, if it was seen before the kill.
+    codes = [json.loads(line).get("code") for line in found]
+    assert [code for code in codes if code] == ["KeyDisabledForbidden"]
 
 
 def test_sigterm_ends_with_status_0(running: Installation) -> None:

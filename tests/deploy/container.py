@@ -60,8 +60,12 @@ def _mirror() -> str:
     raise LookupError("apt knows no mirror of Debian 12 (bookworm main)")
 
 
+class ContainerUnavailable(Exception):
+    """This machine does not let one start; says why."""
+
+
 class Container:
-    """A running one; `close` ends it."""
+    """A running one; `close` ends it. Raises ContainerUnavailable where none can be started."""
 
     def __init__(self, root: Path, log: Path) -> None:
         self.root = root
@@ -129,7 +133,7 @@ class Container:
                 if state in {"running", "degraded"}:
                     return self._leader
             time.sleep(0.2)
-        raise AssertionError(f"no systemd came up:\n{self._log.read_text(errors='replace')}")
+        raise ContainerUnavailable(f"no systemd came up:\n{self._log.read_text(errors='replace')}")
 
 
 def _make_cgroups(name: str) -> list[Path]:
@@ -144,7 +148,10 @@ def _make_cgroups(name: str) -> list[Path]:
         else:
             continue
         group = base / path.lstrip("/") / name
-        group.mkdir()
+        try:
+            group.mkdir()
+        except OSError as error:
+            raise ContainerUnavailable(f"no cgroup can be made: {error}") from None
         made.append(group)
     return made
 

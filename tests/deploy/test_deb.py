@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from container import Container, begin_root, remove_root, unavailable
+from container import Container, ContainerUnavailable, begin_root, remove_root, unavailable
 
 from xkiproxy import __version__
 
@@ -64,7 +64,10 @@ def test_package_from_build_to_purge(place: Path) -> None:
     shutil.copy(package, place / "root" / "xkiproxy.deb")
     upgrade = other_version(package, place)
     shutil.copy(upgrade, place / "root" / "next.deb")
-    container = Container(place / "root", place / "log")
+    try:  # nothing of ours is in it yet: where it does not start, that is the machine's doing
+        container = Container(place / "root", place / "log")
+    except ContainerUnavailable as error:
+        pytest.skip(f"built and looked into, but not installed: {error}")
     try:
         before = named_after_us(container.root)
         check_install(container)
