@@ -21,6 +21,7 @@ from xkiproxy.crypto.algorithms import KeySpec, Usage
 from xkiproxy.crypto.operations import Encrypt, Encrypted, KeyState
 from xkiproxy.keystores.catalog import CatalogEntry
 from xkiproxy.keystores.credentials import Credential
+from xkiproxy.keystores.encryptions import Encryptions
 from xkiproxy.keystores.keystore import KeyStore
 from xkiproxy.keystores.replay import ReplayWindow
 from xkiproxy.keystores.signing_keys import CachedSigningKeys
@@ -87,7 +88,10 @@ async def _measure(folder: Path) -> dict[str, float]:
     lane = SoftwareLane(keyring)
     kmi = InlineKmi("local", "software", lane, KmiMetrics(metrics, "local"))
     keys = CachedSigningKeys([_CREDENTIAL])
-    store = KeyStore("demo", catalog, [kmi], keys, ReplayWindow(), deadline=1.0)
+    store = KeyStore(
+        "demo", catalog, [kmi], keys, ReplayWindow(), deadline=1.0,
+        encryptions=Encryptions(folder / "encryptions.db"),
+    )  # fmt: skip
     protocol = XkiProtocol()
     audit = AuditLog(folder / "audit.jsonl")
     sha256 = _request(acs4.SignatureAlgorithm.HMAC_SHA256)

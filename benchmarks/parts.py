@@ -27,6 +27,7 @@ from xkiproxy.crypto.operations import Encrypt, Encrypted, KeyState
 from xkiproxy.keystores.authorization import Authorizer
 from xkiproxy.keystores.catalog import CatalogEntry
 from xkiproxy.keystores.credentials import Credential
+from xkiproxy.keystores.encryptions import Encryptions
 from xkiproxy.keystores.keystore import KeyStore
 from xkiproxy.keystores.policies import Policies, split
 from xkiproxy.keystores.quotas import Quota, Quotas, QuotaTable
@@ -136,6 +137,7 @@ class Bench:
             "demo", catalog, [kmi], self.signing_keys, ReplayWindow(), deadline=3600,
             authorizer=Authorizer("demo", Policies(split("p", _POLICY))) if guarded else None,
             quotas=Quotas("demo", _QUOTAS, QuotaTable()) if guarded else None,
+            encryptions=Encryptions(folder / "encryptions.db"),
         )  # fmt: skip
         networks = Networks([ipaddress.ip_network("192.0.2.0/24")]) if guarded else None
         self.tenant = Tenant("/demo", protocol, self.store, networks)

@@ -264,6 +264,32 @@ def test_keys_and_states_survive_a_kill(running: Installation) -> None:
     assert [code for code in codes if code] == ["KeyDisabledForbidden"]
 
 
+def test_encryptions_are_counted_by_version(running: Installation) -> None:
+    def shown() -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(running.run("keys", "show", "demo-key", "--json").stdout)
+        return found
+
+    for _ in range(3):
+        _, made = running.encrypt(b"counted")
+    running.decrypt(made)
+    metrics = running.admin("metrics")[1]
+    assert 'xkiproxy_key_encryptions_max{kmi="local"} 0.0' in metrics  # added up once a minute
+    running.stop()
+    assert (shown()["version"], shown()["encryptions"]) == (1, 3)
+    running.start()
+    assert 'xkiproxy_key_encryptions_max{kmi="local"} 3.0' in running.admin("metrics")[1]
+    running.encrypt(b"counted")
+    running.run("keys", "rotate", "demo-key")
+    running.stop()
+    assert (shown()["version"], shown()["encryptions"]) == (2, 0)
+    database = running.directory / "encryptions.db"
+    database.write_bytes(b"damaged")
+    disabled = running.run("keys", "disable", "demo-key", "--json")
+    assert "warning: count of encryptions" in disabled.stderr
+    found = json.loads(disabled.stdout)
+    assert (found["state"], found["encryptions"]) == ("DISABLED", None)
+
+
 def test_sigterm_ends_with_status_0(running: Installation) -> None:
     running.encrypt(b"x")
     assert running.stop() == 0

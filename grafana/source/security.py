@@ -185,6 +185,21 @@ def dashboard() -> Dashboard:
                     ((None, GREEN), (300 * _DAY, YELLOW), (365 * _DAY, RED)),
                 ),
             ],
+            "Keys": [
+                bars(
+                    "Encryptions under one key",
+                    "Under the current version of the most used key of each KMI, as a share of "
+                    "what random IVs allow (2^32, NIST SP 800-38D): `xkiproxy keys list` names it. "
+                    "Good: under 50%; above, rotate it.",
+                    {
+                        "{{kmi}}": (
+                            f"sum by (kmi) (xkiproxy_key_encryptions_max{{{HERE}}}) / 2 ^ 32"
+                        )
+                    },
+                    "percentunit",
+                    ((None, GREEN), (0.5, YELLOW), (0.9, RED)),
+                ),
+            ],
             "Audit and configuration": [
                 plot(
                     "Audit records and requests",

@@ -34,7 +34,7 @@ path_prefix = "/demo"
 kmi = ["local"]
 credentials = "demo.toml"
 """
-_FIELDS = ["id", "kmi", "spec", "state", "version", "created", "usage"]
+_FIELDS = ["id", "kmi", "spec", "state", "version", "encryptions", "created", "usage"]
 
 
 @dataclass
@@ -92,6 +92,7 @@ def test_create_and_show(keys: Keys) -> None:
         "spec": "AES_256",
         "state": "ENABLED",
         "version": 1,
+        "encryptions": 0,
         "usage": "both",
     }
     assert keys("show", "k", "--json").value == made_value
@@ -120,6 +121,7 @@ def test_list(keys: Keys) -> None:
         "SPEC",
         "STATE",
         "VERSION",
+        "ENCRYPTIONS",
         "CREATED",
         "USAGE",
         "PROBLEM",

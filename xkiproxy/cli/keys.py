@@ -17,6 +17,7 @@ from xkiproxy.cli.common import (
     CommandError,
     ConfigOption,
     JsonOption,
+    err,
     print_fields,
     print_json,
     print_table,
@@ -26,6 +27,7 @@ from xkiproxy.config.models import KmiSettings
 from xkiproxy.crypto.algorithms import KeySpec, Usage
 from xkiproxy.crypto.operations import CiphertextFormat
 from xkiproxy.keystores import lifecycle
+from xkiproxy.keystores.encryptions import Counts, EncryptionsError, read_encryptions
 from xkiproxy.keystores.lifecycle import ManagedKey
 from xkiproxy.keystores.sqlite_catalog import SqliteCatalog
 from xkiproxy.kmi.base import KeyManager
@@ -63,6 +65,7 @@ class _Place:
     catalog: SqliteCatalog
     manager: KeyManager
     kmi: str
+    encryptions: Counts | None
 
 
 LabelOption = Annotated[
@@ -89,7 +92,7 @@ def create(
         made = lifecycle.create_key(
             at.catalog, at.manager, at.kmi, key, spec, _USAGES[usage], labels
         )
-        _print(made, json)
+        _print(made, at, json)
 
 
 @app.command("list", epilog="Example: xkiproxy keys list --json")
@@ -99,11 +102,14 @@ def list_(
     """List the keys that the KMI or the catalog has; UNREGISTERED ones are not used."""
     with _open(load_config(config), kmi) as at:
         keys = lifecycle.list_keys(at.catalog, at.manager, at.kmi)
+    found = [_fields(key, at.encryptions) for key in keys]
     if json:
-        print_json([_fields(key) for key in keys])
+        print_json(found)
         return
-    columns = ("id", "kmi", "spec", "state", "version", "created", "usage", "problem")
-    rows = [[fields.get(c) or "" for c in columns] for fields in map(_fields, keys)]
+    columns = (
+        "id", "kmi", "spec", "state", "version", "encryptions", "created", "usage", "problem",
+    )  # fmt: skip
+    rows = [["" if fields.get(c) is None else fields[c] for c in columns] for fields in found]
     print_table([column.upper() for column in columns], rows)
 
 
@@ -116,7 +122,7 @@ def show(
 ) -> None:
     """Show one key."""
     with _open(load_config(config), kmi) as at:
-        _print(lifecycle.show_key(at.catalog, at.manager, at.kmi, key), json)
+        _print(lifecycle.show_key(at.catalog, at.manager, at.kmi, key), at, json)
 
 
 @app.command(epilog="Example: xkiproxy keys enable payroll")
@@ -133,7 +139,7 @@ def enable(
     """Let a key be used; registers a key that only the KMI has."""
     wanted = None if usage is None else _USAGES[usage]
     with _open(load_config(config), kmi) as at:
-        _print(lifecycle.enable_key(at.catalog, at.manager, at.kmi, key, wanted), json)
+        _print(lifecycle.enable_key(at.catalog, at.manager, at.kmi, key, wanted), at, json)
 
 
 @app.command(epilog="Example: xkiproxy keys disable payroll")
@@ -145,7 +151,7 @@ def disable(
 ) -> None:
     """Stop the use of a key until it is enabled again."""
     with _open(load_config(config), kmi) as at:
-        _print(lifecycle.disable_key(at.catalog, at.manager, at.kmi, key), json)
+        _print(lifecycle.disable_key(at.catalog, at.manager, at.kmi, key), at, json)
 
 
 @app.command("label", epilog="Example: xkiproxy keys label payroll environment=production")
@@ -166,7 +172,9 @@ def label_command(
     if not wanted and not remove:
         raise typer.BadParameter("give labels to set, or --remove NAME")
     with _open(load_config(config), kmi) as at:
-        _print(lifecycle.label_key(at.catalog, at.manager, at.kmi, key, wanted, remove or ()), json)
+        _print(
+            lifecycle.label_key(at.catalog, at.manager, at.kmi, key, wanted, remove or ()), at, json
+        )
 
 
 @app.command(epilog="Example: xkiproxy keys rotate payroll")
@@ -180,7 +188,7 @@ def rotate(
     settings = load_config(config)
     with _open(settings, kmi) as at:
         _refuse_raw(settings, at.kmi)
-        _print(lifecycle.rotate_key(at.catalog, at.manager, at.kmi, key), json)
+        _print(lifecycle.rotate_key(at.catalog, at.manager, at.kmi, key), at, json)
 
 
 @app.command(
@@ -210,7 +218,7 @@ def delete(
             result = lifecycle.cancel_deletion(at.catalog, at.manager, at.kmi, key)
         else:
             result = lifecycle.schedule_deletion(at.catalog, at.manager, at.kmi, key, days)
-        _print(result, json)
+        _print(result, at, json)
 
 
 def _labels(texts: list[str] | None) -> dict[str, str]:
@@ -235,11 +243,20 @@ def _open(config: Config, kmi: str | None) -> Iterator[_Place]:
     try:
         catalog = SqliteCatalog(config.catalog.path)
         try:
-            yield _Place(catalog, manager, settings.name)
+            yield _Place(catalog, manager, settings.name, _counted(config))
         finally:
             catalog.close()
     finally:
         manager.close()
+
+
+def _counted(config: Config) -> Counts | None:
+    """How often keys have encrypted; whoever disables a key is not to fail for want of it."""
+    try:
+        return read_encryptions(config.catalog.path)
+    except EncryptionsError as error:
+        err.print(f"warning: {error}", markup=False)
+        return None
 
 
 def _find(config: Config, name: str | None) -> KmiSettings:
@@ -264,8 +281,8 @@ def _refuse_raw(config: Config, kmi: str) -> None:
             )
 
 
-def _print(key: ManagedKey, json: bool) -> None:
-    fields = _fields(key)
+def _print(key: ManagedKey, at: _Place, json: bool) -> None:
+    fields = _fields(key, at.encryptions)
     if json:
         print_json(fields)
     else:
@@ -274,16 +291,19 @@ def _print(key: ManagedKey, json: bool) -> None:
         print_fields({name: value for name, value in fields.items() if value is not None})
 
 
-def _fields(key: ManagedKey) -> dict[str, Any]:
+def _fields(key: ManagedKey, counted: Counts | None) -> dict[str, Any]:
     fields: dict[str, Any] = {
         "id": key.key_id,
         "kmi": key.kmi,
         "spec": key.spec,
         "state": key.state,
         "version": key.version,
+        "encryptions": None,
         "created": _rfc3339(key.created),
         "usage": _USAGE_NAMES.get(key.usage, "none"),
     }
+    if counted is not None and key.version is not None:
+        fields["encryptions"] = counted.get((key.kmi, key.key_id, key.version), 0)
     if key.labels:
         fields["labels"] = dict(key.labels)
     if key.deletion_time is not None:

@@ -33,6 +33,7 @@ from xkiproxy.crypto.operations import (
 from xkiproxy.crypto.wrapping import wrap
 from xkiproxy.keystores.authorization import Authorizer
 from xkiproxy.keystores.catalog import Catalog, CatalogEntry, CatalogError
+from xkiproxy.keystores.encryptions import Encryptions
 from xkiproxy.keystores.failover import Failover, Holder, Served
 from xkiproxy.keystores.quotas import Quotas
 from xkiproxy.keystores.replay import Replay
@@ -78,10 +79,12 @@ class KeyStore:
         authorizer: Authorizer | None = None,
         quotas: Quotas | None = None,
         failover: Failover | None = None,
+        encryptions: Encryptions | None = None,
     ) -> None:
         """`deadline` is in seconds from a request's arrival; without `authorizer` all may ask.
 
-        Without `failover` the first KMI that is there is asked, and no other.
+        Without `failover` the first KMI that is there is asked, and no other. What is encrypted is
+        counted in `encryptions`.
         """
         self.name = name
         self.kmis = kmis
@@ -91,6 +94,7 @@ class KeyStore:
         self.authorizer = authorizer
         self._quotas = quotas
         self._failover = failover
+        self._encryptions = encryptions
         self._catalog = catalog
         self._wrapping = 0
 
@@ -118,11 +122,14 @@ class KeyStore:
             result, kmi = await self._submit_to_any(operation, deadline, trail)
         if isinstance(operation, Describe):
             return _described(result, entry)
-        if isinstance(result, Encrypted | Decrypted):
+        if isinstance(result, Encrypted):
+            trail.version = version = result.version
+            if self._encryptions is not None:
+                self._encryptions.counted[trail.kmi, trail.key_id, version] += 1
+            if isinstance(operation, Encrypt) and operation.integrity:
+                return await _proven(operation, result, kmi, deadline, trail.timing)
+        elif isinstance(result, Decrypted):
             trail.version = result.version
-        if isinstance(operation, Encrypt) and operation.integrity:
-            assert isinstance(result, Encrypted)  # noqa: S101 - the KMI's contract
-            return await _proven(operation, result, kmi, deadline, trail.timing)
         return result
 
     async def _draw(self, operation: Random, deadline: float, trail: Trail) -> Result:

@@ -86,6 +86,11 @@ class Metrics:
             "xkiproxy_kmi_hedges", "Requests that a second KMI was asked too; whether it won.",
             "keystore", "outcome",
         )  # fmt: skip
+        self.key_encryptions = gauge(
+            "xkiproxy_key_encryptions_max",
+            "Encryptions made by this host under the most used of the keys' current versions.",
+            "kmi", merge=max,
+        )  # fmt: skip
         self.certificate_expiry = gauge(
             "xkiproxy_tls_certificate_expiry_timestamp_seconds", "When the certificate expires.",
             "listener", merge=max,

@@ -29,6 +29,13 @@ from xkiproxy.crypto.operations import OperationError
 from xkiproxy.keystores.authorization import Authorizer
 from xkiproxy.keystores.catalog import CatalogError
 from xkiproxy.keystores.credentials import CredentialError, load_credentials
+from xkiproxy.keystores.encryptions import (
+    Counts,
+    Encryptions,
+    EncryptionsError,
+    encryptions_path,
+    most_used,
+)
 from xkiproxy.keystores.failover import Failover
 from xkiproxy.keystores.keystore import KeyStore
 from xkiproxy.keystores.last_use import LastUse, last_use_path
@@ -60,7 +67,7 @@ _Part = TypeVar("_Part")
 _REFRESH_SECONDS = 0.25
 _AUDIT_SECONDS = 1.0
 _CHECK_SECONDS = 30.0
-_LAST_USE_SECONDS = 60.0
+_COUNTS_SECONDS = 60.0
 _PURGE_SECONDS = 60.0
 
 STOPPING = "it is being stopped"
@@ -69,8 +76,8 @@ _PARTS = ("audit", "catalog")
 """Without which nothing is served."""
 
 _MISTAKES = (
-    CatalogError, CredentialError, KeyManagerError, OperationError, OSError, PolicyError,
-    SecretError, TlsError, TracingError,
+    CatalogError, CredentialError, EncryptionsError, KeyManagerError, OperationError, OSError,
+    PolicyError, SecretError, TlsError, TracingError,
 )  # fmt: skip
 
 
@@ -117,6 +124,9 @@ class Runtime:
                 opening.open(f"audit.sink[{i}].tls", partial(client_context, sink.tls))
         self.tracer = opening.open("tracing", lambda: _tracer(config.tracing))
         self.catalog = opening.open("catalog.path", lambda: SqliteCatalog(config.catalog.path))
+        self.encryptions = opening.open(
+            "catalog.path", lambda: Encryptions(encryptions_path(config.catalog.path))
+        )
         self.kmis = {
             kmi.name: opening.open(f"kmi[{i}]", partial(open_kmi, kmi, self.metrics))
             for i, kmi in enumerate(config.kmi)
@@ -175,6 +185,7 @@ class Runtime:
             authorizer=_authorizer(settings),
             quotas=self._quotas(settings),
             failover=self._failover(settings),
+            encryptions=self.encryptions,
         )
         protocol, networks = PROTOCOLS[settings.protocol](settings), settings.source_networks
         return Tenant(
@@ -212,6 +223,8 @@ class Runtime:
     async def close(self) -> None:
         """Close what was opened."""
         self._write_last_use()
+        self._add_encryptions(self.encryptions.take())
+        self.encryptions.close()
         for kmi in self.kmis.values():
             await kmi.close()
         self.catalog.close()
@@ -222,6 +235,7 @@ class Runtime:
         """Start the KMIs and check them once."""
         for kmi in self.kmis.values():
             kmi.start()
+        self._add_encryptions({})
         await self.check_kmis()
 
     async def check_kmis(self) -> None:
@@ -235,7 +249,8 @@ class Runtime:
             _every(_REFRESH_SECONDS, self._refresh),
             _every(_AUDIT_SECONDS, partial(self._check_audit, audit)),
             _every(_CHECK_SECONDS, self.check_kmis),
-            _every(_LAST_USE_SECONDS, lambda: asyncio.to_thread(self._write_last_use)),
+            _every(_COUNTS_SECONDS, lambda: asyncio.to_thread(self._write_last_use)),
+            _every(_COUNTS_SECONDS, self._write_encryptions),
         ]
         if purges:  # one process of several does what is to be done once
             changes = KeyChanges(self.catalog)
@@ -297,10 +312,27 @@ class Runtime:
             # For people only: nothing depends on it.
             _log.warning("when credentials were used last cannot be written: %s", error)
 
+    async def _write_encryptions(self) -> None:
+        taken = self.encryptions.take()
+        if not await asyncio.to_thread(self._add_encryptions, taken):
+            self.encryptions.give_back(taken)
+
+    def _add_encryptions(self, counts: Counts) -> bool:
+        """Add to the file what was counted, and show what is in it now; whether that succeeded."""
+        try:
+            self.encryptions.add(counts)
+            found = most_used(self.encryptions.read(), self.catalog.entries())
+        except EncryptionsError as error:
+            _log.warning("encryptions cannot be counted: %s", error)
+            return False
+        for kmi, most in found.items():
+            self.metrics.key_encryptions.labels(kmi).set(most)
+        return True
+
     async def _purge(self) -> None:
         now = time.time()
         if kmis := {entry.kmi for entry in due_entries(self.catalog, now)}:
-            await asyncio.to_thread(_purge_due, self.config, kmis, now)
+            await asyncio.to_thread(_purge_due, self.config, self.encryptions, kmis, now)
 
     def problems(self) -> list[str]:
         """What is wrong, whether or not the proxy can serve."""
@@ -456,13 +488,14 @@ async def _write_changes(changes: KeyChanges, audit: Sink) -> None:
             changes.forget()
 
 
-def _purge_due(config: Config, kmis: set[str], now: float) -> None:
+def _purge_due(config: Config, encryptions: Encryptions, kmis: set[str], now: float) -> None:
     """Destroy the keys whose time has come; in a thread, with connections of its own."""
     catalog = SqliteCatalog(config.catalog.path)
     managers = {kmi.name: open_key_manager(kmi) for kmi in config.kmi if kmi.name in kmis}
     try:
         for entry in purge_due(catalog, managers, now):
             _log.warning("key %s of KMI %s was destroyed as scheduled", entry.key_id, entry.kmi)
+            encryptions.forget(entry.kmi, entry.key_id)
     finally:
         for manager in managers.values():
             manager.close()
