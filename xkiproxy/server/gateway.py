@@ -61,8 +61,8 @@ class Tenant:
         self.base = path_prefix + protocol.base_path
         self.protocol = protocol
         self.store = store
-        self.durations: dict[str, Distribution] = {}
-        self.counters: dict[tuple[str, str], Count] = {}
+        self.series: dict[tuple[str, str], tuple[Distribution, Count]] = {}
+        """By call and code: what an answer is counted in."""
 
 
 class Exchange(Trail):
@@ -255,18 +255,16 @@ class Gateway:
 
     def _observe(self, exchange: Exchange) -> None:
         tenant, call, code = exchange.tenant, exchange.call, exchange.code
-        duration = tenant.durations.get(call)
-        if duration is None:
+        series = tenant.series.get((call, code))
+        if series is None:
             labels = (tenant.store.name, tenant.protocol.name, call)
-            duration = self._metrics.request_duration.labels(*labels)
-            tenant.durations[call] = duration
+            series = tenant.series[call, code] = (
+                self._metrics.request_duration.labels(*labels),
+                self._metrics.requests.labels(*labels, code),
+            )
+        duration, counter = series
         now = time.monotonic()
         duration.observe(now - exchange.began)
-        counter = tenant.counters.get((call, code))
-        if counter is None:
-            labels = (tenant.store.name, tenant.protocol.name, call)
-            counter = self._metrics.requests.labels(*labels, code)
-            tenant.counters[call, code] = counter
         counter.inc()
         if exchange.status == _THROTTLED:
             quota = exchange.details.get("quota")

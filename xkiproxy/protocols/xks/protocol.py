@@ -75,14 +75,14 @@ class XksProtocol:
         return orjson.dumps(self._encode_fields(action, result))
 
     def _encode_fields(self, action: Action, result: Result | HealthReport) -> Fields:
-        match action, result:
-            case Encrypt(), Encrypted():
+        match result:  # a tuple of both would be made for each request
+            case Encrypted() if isinstance(action, Encrypt):
                 return messages.encode_encrypted(result, self._format)
-            case Decrypt(), Decrypted():
+            case Decrypted() if isinstance(action, Decrypt):
                 return messages.encode_decrypted(result)
-            case Describe(), KeyDescription():
+            case KeyDescription() if isinstance(action, Describe):
                 return messages.encode_description(result)
-            case Health(), HealthReport():
+            case HealthReport() if isinstance(action, Health):
                 return messages.encode_health(result)
         raise TypeError(f"{type(result).__name__} is no answer to {type(action).__name__}")
 
