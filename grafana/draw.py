@@ -165,7 +165,7 @@ def _steps(panel: dict[str, Any]) -> list[tuple[float, str]]:
 
 
 def _colour(value: float, panel: dict[str, Any]) -> str:
-    return [colour for least, colour in _steps(panel) if value >= least][-1]
+    return [_FAINT, *(colour for least, colour in _steps(panel) if value >= least)][-1]
 
 
 # ---- panels ------------------------------------------------------------------------------------

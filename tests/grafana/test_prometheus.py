@@ -10,19 +10,21 @@ import signal
 import socket
 import subprocess
 import time
-import urllib.parse
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import cloud
 import pytest
-from boards import RULES, Expression, of_panels, of_rules, rules
+from boards import BOARDS, Expression, board, of_panels, of_rules, panels, rules
 from cloud import Cloud
 from hsm import Hsm, children, make_hsm, ready_lanes
+from matplotlib import image
 from prometheus_client.parser import text_string_to_metric_families
-from test_end_to_end import BASE, Installation, free_ports, wait_for
+from test_end_to_end import BASE, Installation, wait_for
+
+from grafana.draw import KINDS, Span, draw, save
+from grafana.prometheus import Prometheus, PrometheusError
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -218,57 +220,19 @@ class Balanced(Installation):
         wait_for(lambda: self.admin("readyz")[0] == 200)
 
 
-class Prometheus:
-    """Debian's server on a configuration of ours."""
-
-    def __init__(self, directory: Path, targets: list[str]) -> None:
-        (self.port,) = free_ports(1)
-        directory.mkdir()
-        config = {
-            "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
-            "rule_files": [str(path) for path in RULES],
-            "scrape_configs": [
-                {"job_name": "xkiproxy", "static_configs": [{"targets": targets}]},
-            ],
-        }
-        (directory / "prometheus.yml").write_text(json.dumps(config))  # JSON is YAML
-        with (directory / "prometheus.log").open("wb") as log:
-            self.process = subprocess.Popen(
-                ["prometheus", f"--config.file={directory}/prometheus.yml",
-                 f"--storage.tsdb.path={directory}/data",
-                 f"--web.listen-address=127.0.0.1:{self.port}"],
-                stdout=log, stderr=log,
-            )  # fmt: skip
-
-    def ask(self, path: str, **fields: str) -> Any:
-        """The data of an answer of the HTTP API; fails on an error."""
-        url = f"http://127.0.0.1:{self.port}/api/v1/{path}"
-        body = urllib.parse.urlencode(fields).encode() if fields else None
-        with urllib.request.urlopen(url, body, timeout=30) as response:
-            answer = json.loads(response.read())
-        assert answer["status"] == "success", answer
-        return answer["data"]
+class Asked(Prometheus):
+    """Debian's server, asked whether it has data."""
 
     def has_data(self, expression: str) -> bool:
         """Whether an expression has a value; fails where Prometheus does not understand it."""
-        try:
-            data = self.ask("query", query=expression)
-        except urllib.error.HTTPError as error:
-            pytest.fail(f"{expression}: {error.read().decode()}")
+        data = self.ask("query", query=expression)
         if data["resultType"] == "scalar":
             return True
         return any(not math.isnan(float(sample["value"][1])) for sample in data["result"])
 
-    def stop(self) -> None:
-        self.process.terminate()
-        try:
-            self.process.wait(timeout=20)
-        finally:
-            self.process.kill()
-
 
 @pytest.fixture
-def prometheus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Prometheus]:
+def prometheus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Asked]:
     """After all of the load."""
     first = Clouded(tmp_path / "first" / "demo", make_hsm(tmp_path / "hsm", monkeypatch))
     second = Balanced(tmp_path / "second" / "demo")
@@ -276,8 +240,9 @@ def prometheus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Prom
     try:
         first.start()
         second.start()
-        targets = [f"127.0.0.1:{made.admin_port}" for made in (first, second)]
-        server = Prometheus(tmp_path / "prometheus", targets)
+        made = {"first": first, "second": second}
+        targets = {name: f"127.0.0.1:{one.admin_port}" for name, one in made.items()}
+        server = Asked(tmp_path / "prometheus", targets)
         wait_for(lambda: _scraped(server) == 2)
         plant(first, second)
         yield server
@@ -288,10 +253,10 @@ def prometheus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Prom
             made.stop()
 
 
-def _scraped(server: Prometheus) -> int:
+def _scraped(server: Asked) -> int:
     try:
         return len(server.ask("query", query="xkiproxy_build_info")["result"])
-    except OSError:
+    except PrometheusError:
         return 0
 
 
@@ -317,15 +282,16 @@ def plant(first: Clouded, second: Balanced) -> None:
         time.sleep(1.1)
 
 
-def test_panels_rules_and_alerts(prometheus: Prometheus) -> None:
+def test_panels_rules_and_alerts(prometheus: Asked, tmp_path: Path) -> None:
     """One test, so that the load is made once, however many processes run tests."""
     every_expression_has_data(prometheus)
     every_recorded_series_is_there(prometheus)
     every_rule_is_evaluated_without_an_error(prometheus)
     what_was_planted_raises_alerts_whose_texts_are_whole(prometheus)
+    every_panel_is_drawn(prometheus, tmp_path)
 
 
-def every_expression_has_data(prometheus: Prometheus) -> None:
+def every_expression_has_data(prometheus: Asked) -> None:
     wanted = [*of_panels(), *of_rules()]
     assert len(wanted) > 100
     missing: list[Expression] = wanted
@@ -340,18 +306,18 @@ def every_expression_has_data(prometheus: Prometheus) -> None:
     assert {one.where for one in missing} == MAY_BE_EMPTY
 
 
-def every_recorded_series_is_there(prometheus: Prometheus) -> None:
+def every_recorded_series_is_there(prometheus: Asked) -> None:
     for rule in rules("record"):
         wait_for(lambda name=rule["record"]: prometheus.has_data(name))
 
 
-def every_rule_is_evaluated_without_an_error(prometheus: Prometheus) -> None:
+def every_rule_is_evaluated_without_an_error(prometheus: Asked) -> None:
     found = [rule for group in prometheus.ask("rules")["groups"] for rule in group["rules"]]
     assert len(found) == len(rules("record")) + len(rules("alert"))
     assert [rule["name"] for rule in found if rule["health"] != "ok"] == []
 
 
-def what_was_planted_raises_alerts_whose_texts_are_whole(prometheus: Prometheus) -> None:
+def what_was_planted_raises_alerts_whose_texts_are_whole(prometheus: Asked) -> None:
     def active() -> dict[str, Any]:
         return {alert["labels"]["alertname"]: alert for alert in prometheus.ask("alerts")["alerts"]}
 
@@ -364,3 +330,30 @@ def what_was_planted_raises_alerts_whose_texts_are_whole(prometheus: Prometheus)
     assert "KMI local is away" in {
         alert["annotations"]["summary"] for alert in prometheus.ask("alerts")["alerts"]
     }
+
+
+def every_panel_is_drawn(prometheus: Asked, folder: Path) -> None:
+    span = Span(prometheus.url, time.time() - 60, time.time(), 1)
+    for path in BOARDS:
+        figure = draw(board(path), span)
+        texts = [text.get_text() for text in figure.texts]
+        assert {panel["title"] for panel in panels(path)} <= set(texts)
+        assert "No data" not in texts, path
+        save(figure, folder / "drawn.png")
+        picture = image.imread(folder / "drawn.png")
+        assert picture.shape[1] == 1440
+        assert picture.std() > 0.05  # there is something on it
+    what_cannot_be_drawn_is_named(span)
+
+
+def what_cannot_be_drawn_is_named(span: Span) -> None:
+    whole = board(BOARDS[0])
+    panel = {**panels(BOARDS[0])[1], "gridPos": {"h": 8, "w": 12}}
+    assert panel["type"] in KINDS
+    unit = {"defaults": {**panel["fieldConfig"]["defaults"], "unit": "furlongs"}}
+    for changed, named in ({"type": "piechart"}, "piechart"), ({"fieldConfig": unit}, "furlongs"):
+        with pytest.raises(ValueError, match=f"panel '{panel['title']}': .*'{named}'"):
+            draw({**whole, "panels": [{**panel, **changed}]}, span)
+    panel["targets"] = [{**panel["targets"][0], "expr": "rate("}]
+    with pytest.raises(PrometheusError, match=r"rate\(: .*parse error"):
+        draw({**whole, "panels": [panel]}, span)
