@@ -6,7 +6,9 @@ the extended key usage by which it knows its clients.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -125,8 +127,9 @@ class PyKmip:
         )
         with (self.folder / "server-output.log").open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", program], stdin=subprocess.DEVNULL, stdout=log, stderr=log
-            )
+                [sys.executable, "-c", program], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                start_new_session=True,
+            )  # fmt: skip
         for _ in range(400):
             if self.process.poll() is not None:
                 break
@@ -141,3 +144,6 @@ class PyKmip:
         if process is not None:
             process.send_signal(number)
             process.wait(timeout=30)
+            # It has a child, for its policies, which outlives it.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)

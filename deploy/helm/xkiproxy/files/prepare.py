@@ -23,7 +23,10 @@ def xkiproxy(*arguments: str) -> str:
 
 def settle(kmi: str, wanted: dict[str, str]) -> None:
     """Give the keys of a KMI the state that is wanted; raises CalledProcessError."""
-    states = {key["id"]: key["state"] for key in json.loads(xkiproxy("keys", "list", "--kmi", kmi, "--json"))}
+    states = {
+        key["id"]: key["state"]
+        for key in json.loads(xkiproxy("keys", "list", "--kmi", kmi, "--json"))
+    }
     for key, state in wanted.items():
         have = states.get(key)
         if state == "disabled" and have not in {"DISABLED", "PENDING_DELETION"}:
