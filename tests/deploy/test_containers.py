@@ -1,7 +1,8 @@
 """The image and the compose file, as far as they can be tried without a Docker daemon.
 
 The image is not built here: its build steps are done by hand, with the files that .dockerignore
-lets through; its health check is asked of a running proxy; the compose file's setup makes a real token.
+lets through; its health check is asked of a running proxy; the compose file's setup makes a real
+token.
 """
 
 from __future__ import annotations

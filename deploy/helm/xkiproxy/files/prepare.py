@@ -2,10 +2,10 @@
 
     prepare.py keys.json STATE
 
-A key that is wanted "disabled" is disabled at each start. One that is wanted "enabled" is registered
-where the catalog does not have it; if it was disabled there by hand, it stays so. A KMI that is away
-stops the start, unless this replica has had these very keys of it before: then what its catalog says
-holds, and another KMI may serve meanwhile.
+A key that is wanted "disabled" is disabled at each start. One that is wanted "enabled" is
+registered where the catalog does not have it; if it was disabled there by hand, it stays so. A KMI
+that is away stops the start, unless this replica has had these very keys of it before: then what
+its catalog says holds, and another KMI may serve meanwhile.
 """
 
 import json
@@ -17,7 +17,8 @@ from typing import Any
 
 def xkiproxy(*arguments: str) -> str:
     """What the command prints; raises CalledProcessError. Its errors go to standard error."""
-    done = subprocess.run(["xkiproxy", *arguments], stdout=subprocess.PIPE, text=True, check=True)
+    command = ["xkiproxy", *arguments]  # the image's own, by its PATH
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)  # noqa: S603
     return done.stdout
 
 

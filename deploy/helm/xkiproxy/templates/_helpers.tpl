@@ -64,6 +64,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 listen = "0.0.0.0:8443"
 admin_listen = "0.0.0.0:9464"
 workers = {{ int .Values.workers }}
+shutdown_delay_seconds = {{ int .Values.shutdownDelaySeconds }}
 shutdown_timeout_seconds = {{ int .Values.shutdownTimeoutSeconds }}
 {{- with .Values.serverSettings }}
 {{ . | trim }}
