@@ -12,6 +12,7 @@ from grafana.source.panels import (
     LATENCY,
     NONE_IS_GOOD,
     RED,
+    SLOW_SECONDS,
     STORE,
     YELLOW,
     board,
@@ -214,7 +215,7 @@ def dashboard() -> Dashboard:
                             level("xkiproxy_kmi_queue_depth", "instance", "kmi", where=KMI)
                         ),
                     },
-                    width=8,
+                    width=6,
                 ),
                 plot(
                     "Shed",
@@ -222,7 +223,7 @@ def dashboard() -> Dashboard:
                     "requests over a quota. Good: none but `quota_...`.",
                     {"{{keystore}} {{reason}}": rate("xkiproxy_shed_total", "keystore", "reason")},
                     "reqps",
-                    width=8,
+                    width=6,
                 ),
                 plot(
                     "Processor and memory",
@@ -237,10 +238,33 @@ def dashboard() -> Dashboard:
                             + " / 1e9"
                         ),
                     },
-                    width=8,
+                    width=6,
+                ),
+                plot(
+                    "Event loop",
+                    "How much later than asked for it comes back: every request waits so long. "
+                    "Good: below 10 ms; above 100 ms something holds it up.",
+                    {
+                        "{{instance}} p99": quantile(
+                            0.99, "xkiproxy_event_loop_lag_seconds", "instance", where=HERE
+                        ),
+                        "{{instance}} p50": quantile(
+                            0.5, "xkiproxy_event_loop_lag_seconds", "instance", where=HERE
+                        ),
+                    },
+                    "s",
+                    width=6,
+                    steps=((None, GREEN), (SLOW_SECONDS, YELLOW)),
                 ),
             ],
             "Key managers and processes": [
+                states(
+                    "Refusing everything",
+                    "Whether a proxy refuses all requests, since its audit log or its catalog has "
+                    "failed. Good: serves.",
+                    {"{{instance}} {{part}}": f"xkiproxy_refusing{{{HERE}}}"},
+                    {0: ("serves", GREEN), 1: ("refuses", RED)},
+                ),
                 states(
                     "State of each KMI",
                     "As each proxy sees it. Good: connected. Degraded: some of its lanes are "

@@ -232,6 +232,14 @@ def dashboard() -> Dashboard:
                         )
                     },
                 ),
+                states(
+                    "Last reload",
+                    "What came of it. After one that failed the proxy goes on with what it had. "
+                    "Good: taken over.",
+                    {"{{instance}}": f"xkiproxy_config_last_reload_successful{{{HERE}}}"},
+                    {1: ("taken over", GREEN), 0: ("failed", RED)},
+                    width=12,
+                ),
             ],
         },
     )
