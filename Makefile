@@ -2,6 +2,7 @@
 #   make run    a proxy with one key store and one key, on https://localhost:8443
 #   make test   linters and all tests
 #   make dashboards   grafana/dashboards anew, after a change in grafana/source
+#   make pictures     the pictures of the dashboards in docs/images, from a run with planted failures
 #   make references   the tables of docs/configuration.md and docs/commands.md anew
 #   make docs   the documentation as a site, in site/
 #   make deb    the Debian package, dist/xkiproxy_VERSION_ARCH.deb
@@ -12,7 +13,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 DEMO   ?= run/demo
 
-.PHONY: run test lint dashboards references docs deb bench bench-quick gate system-packages clean
+.PHONY: run test lint dashboards pictures references docs deb bench bench-quick gate system-packages clean
 
 run: $(BIN)/.installed
 	@test -e $(DEMO)/xkiproxy.toml || $(BIN)/xkiproxy init $(DEMO)
@@ -29,6 +30,9 @@ lint: $(BIN)/.installed-test
 
 dashboards: $(BIN)/.installed-test
 	$(BIN)/python -m grafana.source
+
+pictures: system-packages $(BIN)/.installed-test
+	$(BIN)/python -m grafana.demonstration docs/images
 
 references: $(BIN)/.installed
 	$(BIN)/python -m website

@@ -259,18 +259,18 @@ def dashboard() -> Dashboard:
             ],
             "Key managers and processes": [
                 states(
-                    "Refusing everything",
-                    "Whether a proxy refuses all requests, since its audit log or its catalog has "
-                    "failed. Good: serves.",
-                    {"{{instance}} {{part}}": f"xkiproxy_refusing{{{HERE}}}"},
-                    {0: ("serves", GREEN), 1: ("refuses", RED)},
-                ),
-                states(
                     "State of each KMI",
                     "As each proxy sees it. Good: connected. Degraded: some of its lanes are "
                     "missing.",
                     {"{{instance}} {{kmi}}": KMI_STATE},
                     KMI_STATES,
+                ),
+                states(
+                    "Refusing everything",
+                    "Whether a proxy refuses all requests, since its audit log or its catalog has "
+                    "failed. Good: serves.",
+                    {"{{instance}} {{part}}": f"xkiproxy_refusing{{{HERE}}}"},
+                    {0: ("serves", GREEN), 1: ("refuses", RED)},
                 ),
                 plot(
                     "Failovers",

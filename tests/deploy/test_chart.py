@@ -249,6 +249,16 @@ def test_the_proxy_reads_what_is_written(file: Path, tmp_path: Path) -> None:
         assert any(str(used).startswith(f"{mount}/") for mount in mounts), used
 
 
+def test_the_values_of_the_page_work(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "deploy-kubernetes.md").read_text()
+    (printed,) = re.findall(r"```yaml\n# values\.yaml\n(.*?)```", page, re.DOTALL)
+    manifests = render(yaml.safe_load(printed))
+    path = tmp_path / "xkiproxy.toml"
+    path.write_text(settings(manifests))
+    assert load_config(path).keystore[0].kmi == ("hsm",)
+    assert one(manifests, "NetworkPolicy")["spec"]["egress"][1]["ports"][0]["port"] == 1792
+
+
 @pytest.fixture
 def hsm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hsm:
     return make_hsm(tmp_path / "hsm", monkeypatch)
