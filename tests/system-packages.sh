@@ -35,6 +35,7 @@ need_file libseccomp2 /usr/lib/*/libseccomp.so.2 /lib/*/libseccomp.so.2
 need mmdebstrap mmdebstrap
 need systemd-nspawn systemd-container
 need lintian lintian
+need buildah buildah
 [ "${1:-}" != deb ] || missing=""
 need dh debhelper
 need dpkg-buildpackage dpkg-dev

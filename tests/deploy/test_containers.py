@@ -1,8 +1,7 @@
-"""The image and the compose file, as far as they can be tried without a Docker daemon.
+"""The Dockerfile and the compose file, as far as they can be tried without building an image.
 
-The image is not built here: its build steps are done by hand, with the files that .dockerignore
-lets through; its health check is asked of a running proxy; the compose file's setup makes a real
-token.
+The build's steps are done by hand, with the files that .dockerignore lets through; the health check
+is asked of a running proxy; the compose file's setup makes a real token. test_image.py builds.
 """
 
 from __future__ import annotations
@@ -151,10 +150,16 @@ def proxy(tmp_path: Path) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
     process.wait(timeout=30)
 
 
+def health_check() -> list[str]:
+    """Its command."""
+    (check,) = [rest for keyword, rest in instructions() if keyword == "HEALTHCHECK"]
+    command: list[str] = json.loads(check[check.index("[") :])
+    return command
+
+
 def test_health_check_tells_a_running_proxy(proxy: tuple[int, subprocess.Popen[bytes]]) -> None:
     port, process = proxy
-    (check,) = [rest for keyword, rest in instructions() if keyword == "HEALTHCHECK"]
-    program, *arguments = json.loads(check[check.index("[") :])
+    program, *arguments = health_check()
     assert program == "python3"
     assert "127.0.0.1:9464/livez" in arguments[-1]
     arguments[-1] = arguments[-1].replace(":9464", f":{port}")
