@@ -89,17 +89,19 @@ class Proxy(ProxyServer):
         """The address of the admin listener."""
         return self._admin
 
-    def kill_lanes(self, kmi: str) -> None:
+    def kill_lanes(self, kmi: str, number: int = signal.SIGKILL) -> None:
         """Those that are ready: one that logs in might take the token with it."""
         for name in Path("/proc").iterdir():
             with suppress(OSError):
                 title = (name / "cmdline").read_text().rstrip("\0 ")
                 parent = (name / "stat").read_text().rpartition(")")[2].split()[1]
                 if parent == str(self.pid) and title.endswith(f" of KMI {kmi}"):
-                    os.kill(int(name.name), signal.SIGKILL)
+                    os.kill(int(name.name), number)
 
     def lose_token(self) -> None:
         """The first KMI has no lane, and none can be started."""
+        # Stopped first: a lane would find the token there, and empty.
+        self.kill_lanes("local", signal.SIGSTOP)
         self._token.rename(self.directory / "away")
         self.kill_lanes("local")
 
