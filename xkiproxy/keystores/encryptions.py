@@ -8,7 +8,8 @@ are told when it is time to rotate.
 
 Counts are added up once a minute in a file beside the catalog, by every process for what it has
 seen. A process that is killed takes its last minute with it, and other hosts have files of their
-own: the sum over all proxies, to within some millions, is what the limit is about.
+own: the sum over all proxies, to within some millions, is what the limit is about. What a key
+manager has done in vain (a hedge that lost, an answer that came too late) is not counted.
 """
 
 from __future__ import annotations
