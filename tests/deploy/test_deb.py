@@ -86,7 +86,12 @@ def build(place: Path) -> Path:
     (place / "built-here").mkdir()
     done = subprocess.run(
         [ROOT / "deploy" / "debian" / "build", place / "dist"],
-        env={**os.environ, "TMPDIR": str(place / "built-here")},
+        env={
+            **os.environ,
+            "TMPDIR": str(place / "built-here"),
+            # As `make test TREE=...` would leave it: not for the makefile of the package.
+            "MAKEFLAGS": f" -- TREE={place}/anothers",
+        },
         stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -94,6 +99,7 @@ def build(place: Path) -> Path:
     assert re.fullmatch(r"xkiproxy_[^_]+_(amd64|arm64)\.deb", package.name)
     assert package.name.split("_")[1] == __version__
     assert not list((place / "built-here").iterdir())
+    assert not (place / "anothers").exists()
     return package
 
 
