@@ -14,11 +14,13 @@ import socket
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
 import tomllib
 import urllib.request
 import venv
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -88,14 +90,27 @@ def context_files() -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def context(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def context() -> Iterator[Path]:
     """A copy of the build context."""
-    folder = tmp_path_factory.mktemp("context")
-    for path in context_files():
-        place = folder / path.relative_to(ROOT)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, place)
-    return folder
+    with elsewhere() as folder:
+        for path in context_files():
+            place = folder / path.relative_to(ROOT)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, place)
+        yield folder
+
+
+@contextmanager
+def elsewhere() -> Iterator[Path]:
+    """A folder outside of pytest's own: a source that is called token.py holds no secret."""
+    with tempfile.TemporaryDirectory(prefix="xkiproxy-image-test-", dir="/var/tmp") as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def scratch() -> Iterator[Path]:
+    with elsewhere() as folder:
+        yield folder
 
 
 def test_what_is_copied_is_in_the_context(context: Path) -> None:
@@ -104,11 +119,11 @@ def test_what_is_copied_is_in_the_context(context: Path) -> None:
     assert sources == {path.name for path in context.iterdir()}
 
 
-def test_the_context_installs_and_runs(context: Path, tmp_path: Path) -> None:
+def test_the_context_installs_and_runs(context: Path, scratch: Path) -> None:
     """As the image does, but with the dependencies of these tests instead of anew."""
     assert ("RUN", "python3 -m venv /opt/xkiproxy") in stages()[0]
     assert any('/opt/xkiproxy/bin/pip install ".${EXTRAS}"' in rest for _, rest in stages()[0])
-    place = tmp_path / "venv"
+    place = scratch / "venv"
     venv.create(place, with_pip=True)
     own = place / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
     done = run(place / "bin" / "pip", "install", "--quiet", "--no-deps", context)
@@ -116,14 +131,14 @@ def test_the_context_installs_and_runs(context: Path, tmp_path: Path) -> None:
     (own / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     program = place / "bin" / "xkiproxy"
-    version = run(program, "--version", cwd=tmp_path, env=clean)
+    version = run(program, "--version", cwd=scratch, env=clean)
     assert version.returncode == 0, version.stderr
     where = "import xkiproxy; print(xkiproxy.__file__)"
-    assert run(place / "bin" / "python", "-c", where, cwd=tmp_path, env=clean).stdout.startswith(
+    assert run(place / "bin" / "python", "-c", where, cwd=scratch, env=clean).stdout.startswith(
         str(own)
     )
     # A file of the package that is no module.
-    assert "action random" in run(program, "policy", "schema", cwd=tmp_path, env=clean).stdout
+    assert "action random" in run(program, "policy", "schema", cwd=scratch, env=clean).stdout
 
 
 @pytest.fixture
