@@ -93,7 +93,7 @@ Answer = tuple[int, bytes]
 class Connection(asyncio.Protocol):
     """One request in flight at a time; callbacks only, no task."""
 
-    __slots__ = ("_buffer", "_keeps", "_kind", "_owner", "_transport", "began", "request")
+    __slots__ = ("_buffer", "_kind", "_owner", "_transport", "began", "request", "sent")
 
     def __init__(self, owner: Owner) -> None:
         self._owner = owner
@@ -102,6 +102,8 @@ class Connection(asyncio.Protocol):
         self._kind = "connection lost"
         self.request: Request | None = None
         self.began = 0
+        self.sent = 0
+        """When the last request was written, in nanoseconds."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is one, but not a subclass
@@ -111,6 +113,7 @@ class Connection(asyncio.Protocol):
         assert self._transport is not None
         self.request = request
         self.began = began
+        self.sent = time.perf_counter_ns()
         self._transport.write(request.raw)
 
     def data_received(self, data: bytes) -> None:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 
 from benchmarks.load.client import Answer, Connection, Target
 from benchmarks.load.requests import RIGHT, WRONG, Checker, Request, Supply
-from benchmarks.load.results import LoadResult, histogram_of
+from benchmarks.load.results import DEADLINE_US, LoadResult, histogram_of
 from benchmarks.load.ticker import Ticker
 from benchmarks.load.wire import ENCRYPT
 
@@ -54,13 +54,19 @@ class Window:
 
 @dataclass
 class Tally:
-    """What has been counted; `samples` are encrypt answers, kept to be decrypted afterwards."""
+    """What has been counted; `samples` are encrypt answers, kept to be decrypted afterwards.
+
+    `longest` and `late` (over the cloud's deadline) are of right answers, from the moment when
+    their request was written: what the target itself took, whatever waited in the generator.
+    """
 
     latencies: array[int] = field(default_factory=lambda: array("q"))
     wrong: int = 0
     errors: Counter[str] = field(default_factory=Counter)
     samples: list[tuple[int, bytes]] = field(default_factory=list)
     last: int = 0
+    longest: int = 0
+    late: int = 0
 
     @property
     def done(self) -> int:
@@ -150,6 +156,8 @@ class Loop:
             waited=self.waited,
             signed_late=self._supply.signed_late,
             reconnects=self.reconnects,
+            late=tally.late,
+            longest_us=tally.longest // 1000,
         )
 
     # ---- what a connection reports ----
@@ -158,10 +166,11 @@ class Loop:
         self, connection: Connection, request: Request, began: int, now: int, answer: Answer
     ) -> None:
         """See `client.Owner`."""
+        sent = connection.sent
         if connection.is_open:
             self._ready(connection)  # first, so that the target never waits for the check
         if began >= self._window.start:
-            self._count(request, now - began, answer)
+            self._count(request, now - began, now - sent, answer)
             self.tally.last = now
         if now >= self._window.stop:
             self._look_for_end()
@@ -178,11 +187,13 @@ class Loop:
             self._reconnect()
             self._look_for_end()
 
-    def _count(self, request: Request, latency: int, answer: Answer) -> None:
+    def _count(self, request: Request, latency: int, taken: int, answer: Answer) -> None:
         tally = self.tally
         verdict = self._checker.check(request, *answer)
         if verdict == RIGHT:
             tally.latencies.append(latency)
+            tally.longest = max(tally.longest, taken)
+            tally.late += taken > DEADLINE_US * 1000
             if request.call == ENCRYPT:
                 self._until_sample -= 1
                 if self._until_sample <= 0:

@@ -11,6 +11,9 @@ from typing import Any
 
 from hdrh.histogram import HdrHistogram
 
+DEADLINE_US = 250_000
+"""For so long the clouds wait for an answer."""
+
 PERCENTILES = (50.0, 90.0, 99.0, 99.9)
 
 _LOWEST_US, _HIGHEST_US, _DIGITS = 1, 60_000_000, 3
@@ -43,6 +46,9 @@ class LoadResult:
     answers were decrypted afterwards: what did not come back has been moved from `ok` to `wrong`
     or `errors`. `waited` requests of an open loop found no free connection; `signed_late` ones
     were signed while the load ran; `reconnects` are connections that had to be opened again.
+    `late` right answers came over DEADLINE_US after their request was written, `longest_us` is the
+    longest that one took from then: under a flood an open loop's latencies are mostly of waiting in
+    the generator.
     `cpu_seconds` is the generator's own time on the CPU, `server_cpu_seconds` that of the server,
     by process.
     """
@@ -57,6 +63,8 @@ class LoadResult:
     waited: int = 0
     signed_late: int = 0
     reconnects: int = 0
+    late: int = 0
+    longest_us: int = 0
     server_cpu_seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -103,6 +111,8 @@ class LoadResult:
             "waited": self.waited,
             "signed_late": self.signed_late,
             "reconnects": self.reconnects,
+            "late": self.late,
+            "longest_us": self.longest_us,
             "histogram": self.histogram.encode().decode("ascii"),
         }
 
@@ -122,10 +132,11 @@ def merge(results: Iterable[LoadResult]) -> LoadResult:
     """The results of generators that ran at the same time, as one."""
     merged = LoadResult()
     for result in results:
-        for name in ("ok", "wrong", "checked", "waited", "signed_late", "reconnects"):
+        for name in ("ok", "wrong", "checked", "waited", "signed_late", "reconnects", "late"):
             setattr(merged, name, getattr(merged, name) + getattr(result, name))
         merged.errors = dict(Counter(merged.errors) + Counter(result.errors))
         merged.seconds = max(merged.seconds, result.seconds)
+        merged.longest_us = max(merged.longest_us, result.longest_us)
         merged.cpu_seconds += result.cpu_seconds
         merged.histogram.add(result.histogram)
     return merged

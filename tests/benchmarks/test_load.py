@@ -283,7 +283,9 @@ async def test_a_target_that_goes_away_is_counted() -> None:
     result = await generator.run(time.perf_counter_ns())
     assert result.ok == 0
     assert result.errors.pop("connection lost") == 4
-    assert result.errors == {"connect: ConnectionRefusedError": pytest.approx(20, abs=8)}
+    # Four connections try again every 50 ms, fewer on a busy machine, and never in a busy loop.
+    assert 4 <= result.errors.pop("connect: ConnectionRefusedError") <= 28
+    assert not result.errors
 
 
 async def test_ciphertext_of_another_size_is_an_error() -> None:
