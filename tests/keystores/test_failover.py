@@ -23,7 +23,7 @@ from xkiproxy.crypto.operations import (
 )
 from xkiproxy.keystores.authorization import Authorizer
 from xkiproxy.keystores.catalog import CatalogEntry
-from xkiproxy.keystores.failover import Failover, Holder, Served
+from xkiproxy.keystores.failover import Failover, Served
 from xkiproxy.keystores.keystore import KeyStore
 from xkiproxy.keystores.policies import Policies, split
 from xkiproxy.keystores.replay import ReplayWindow
@@ -31,6 +31,7 @@ from xkiproxy.keystores.signing_keys import CachedSigningKeys
 from xkiproxy.keystores.sqlite_catalog import SqliteCatalog
 from xkiproxy.keystores.trail import Trail
 from xkiproxy.kmi.base import KmiState
+from xkiproxy.kmi.dispatcher import Kmi
 from xkiproxy.kmi.standing import Standing
 from xkiproxy.observability.metrics import FailoverMetrics, Metrics
 from xkiproxy.observability.timing import Timing
@@ -77,14 +78,14 @@ class Site:
         self.entered: list[str] = []
 
     async def submit(self, seconds: float = 0.4) -> Served:
-        holders: list[Any] = [Holder(kmi, None) for kmi in (self.one, self.two)]  # type: ignore[arg-type]
+        kmis: list[Any] = [self.one, self.two]
         deadline = time.monotonic() + seconds
-        return await self.failover.submit(holders, OPERATION, deadline, self._enter)
+        return await self.failover.submit(kmis, OPERATION, deadline, self._enter)
 
-    def _enter(self, holder: Holder) -> None:
-        if holder.kmi.name == self.forbidden:
+    def _enter(self, kmi: Kmi) -> None:
+        if kmi.name == self.forbidden:
             raise OperationError(Fault.ACCESS_DENIED, "The key's owner does not permit this.")
-        self.entered.append(holder.kmi.name)
+        self.entered.append(kmi.name)
 
     async def by(self, seconds: float = 0.4) -> str:
         return (await self.submit(seconds)).kmi.name
@@ -264,16 +265,27 @@ def test_pauses_grow_with_each_failed_trial_and_end_with_a_success() -> None:
 
 
 def store(
-    tmp_path: Path, one: Scripted, two: Scripted, policy: str = "", usage: Usage = Usage.BOTH
+    tmp_path: Path,
+    one: Scripted,
+    two: Scripted,
+    policy: str = "",
+    usage: Usage = Usage.BOTH,
+    hedge: float | None = None,
 ) -> KeyStore:
     catalog = SqliteCatalog(tmp_path / "catalog.db")
     for kmi, used in ((one, Usage.BOTH), (two, usage)):
         catalog.put(CatalogEntry(kmi.name, "k", KeyState.ENABLED, used, 0.0))
+    return store_of(catalog, one, two, policy, hedge)
+
+
+def store_of(
+    catalog: SqliteCatalog, one: Scripted, two: Scripted, policy: str, hedge: float | None
+) -> KeyStore:
     kmis: list[Any] = [one, two]
     return KeyStore(
         "demo", catalog, kmis, CachedSigningKeys([]), ReplayWindow(), deadline=1,
         authorizer=Authorizer("demo", Policies(split("p", policy))) if policy else None,
-        failover=Failover(FailoverMetrics(Metrics(), "demo")),
+        failover=Failover(FailoverMetrics(Metrics(), "demo"), hedge),
     )  # fmt: skip
 
 
@@ -307,3 +319,47 @@ async def test_its_usage_counts_at_each(tmp_path: Path) -> None:
         await demo.perform(OPERATION, time.monotonic() + 1, Trail("192.0.2.1"))
     assert caught.value.fault is Fault.USAGE_FORBIDDEN
     assert two.asked == 0
+
+
+def relabel(catalog: SqliteCatalog, label: str, state: KeyState = KeyState.ENABLED) -> None:
+    for kmi in ("one", "two"):
+        labels = (("environment", label),)
+        catalog.put(CatalogEntry(kmi, "k", state, Usage.BOTH, 0.0, None, labels))
+
+
+@pytest.mark.parametrize("hedge", [0.2, None])
+async def test_what_changes_while_a_kmi_is_waited_for_holds_afterwards(
+    tmp_path: Path, hedge: float | None
+) -> None:
+    """A request that was under way must not leave a verdict behind on what was before."""
+    policy = """permit(principal, action, resource is Key) when {
+        resource.hasTag("environment") && resource.getTag("environment") == "production" };"""
+    one, two = Scripted("one", "UNAVAILABLE", 0.05), Scripted("two", "ok", 0.05)
+    catalog = SqliteCatalog(tmp_path / "catalog.db")
+    relabel(catalog, "production")
+    demo = store_of(catalog, one, two, policy, hedge)
+
+    async def ask() -> str:
+        try:
+            await demo.perform(OPERATION, time.monotonic() + 1, Trail("192.0.2.1"))
+        except OperationError as error:
+            return error.fault.name
+        return "permitted"
+
+    assert await ask() == "permitted"
+    under_way = asyncio.create_task(ask())
+    await asyncio.sleep(0.02)
+    relabel(SqliteCatalog(tmp_path / "catalog.db"), "retired")
+    catalog.refresh()
+    await under_way
+    one.state = KmiState.DISCONNECTED
+    assert [await ask() for _ in range(3)] == ["ACCESS_DENIED"] * 3
+
+    relabel(catalog, "production")
+    assert await ask() == "permitted"
+    one.state = KmiState.CONNECTED
+    under_way = asyncio.create_task(ask())
+    await asyncio.sleep(0.02)
+    relabel(catalog, "production", KeyState.DISABLED)
+    assert await under_way in {"KEY_DISABLED", "permitted"}
+    assert await ask() == "KEY_DISABLED"

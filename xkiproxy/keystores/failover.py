@@ -15,7 +15,6 @@ from contextlib import suppress
 from typing import NamedTuple, Protocol
 
 from xkiproxy.crypto.operations import Fault, Operation, OperationError, Result
-from xkiproxy.keystores.catalog import CatalogEntry
 from xkiproxy.kmi.base import KmiState
 from xkiproxy.kmi.dispatcher import Kmi
 from xkiproxy.observability.timing import Timing
@@ -29,13 +28,6 @@ _ELSEWHERE = frozenset({Fault.UNAVAILABLE, Fault.DEADLINE_EXCEEDED, Fault.THROTT
 """What another KMI may do better; everything else would be the same there."""
 
 
-class Holder(NamedTuple):
-    """A KMI that has a key, and what the catalog says of it; None for what needs no key."""
-
-    kmi: Kmi
-    entry: CatalogEntry | None
-
-
 class Served(NamedTuple):
     """A result, and the KMI that it is of."""
 
@@ -43,8 +35,8 @@ class Served(NamedTuple):
     kmi: Kmi
 
 
-Enter = Callable[[Holder], None]
-"""Checks that an operation is allowed there, and notes the KMI; raises OperationError."""
+Enter = Callable[[Kmi], None]
+"""Checks that an operation is allowed there now, and notes the KMI; raises OperationError."""
 
 
 class Counts(Protocol):
@@ -70,7 +62,7 @@ class Failover:
 
     async def submit(
         self,
-        holders: Sequence[Holder],
+        kmis: Sequence[Kmi],
         operation: Operation,
         deadline: float,
         enter: Enter,
@@ -78,40 +70,39 @@ class Failover:
     ) -> Served:
         """The result of the first KMI that gives one; those that are away are asked last.
 
-        `holders` in order of preference; `deadline` on the clock of `time.monotonic`.
+        `kmis` in order of preference; `deadline` on the clock of `time.monotonic`.
 
         Raises:
             OperationError: what the last of them said, or what would be the same at each.
         """
-        left = _by_standing(holders, time.monotonic())
+        left = _by_standing(kmis, time.monotonic())
         while True:
-            holder = left.pop(0)
+            kmi = left.pop(0)
             began = time.monotonic()
             limit = began + (deadline - began) / 2 if left else deadline
             try:
                 if self._hedge_after is not None and left:
-                    asked = (holder, left.pop(0))
+                    asked = (kmi, left.pop(0))
                     served = await self._hedge(*asked, operation, deadline, enter, timing)
                 else:
-                    enter(holder)
-                    result = await holder.kmi.submit(operation, limit, timing)
-                    served = Served(result, holder.kmi)
+                    enter(kmi)
+                    served = Served(await kmi.submit(operation, limit, timing), kmi)
             except OperationError as error:
                 if error.fault not in _ELSEWHERE:
                     raise
-                _note_failure(holder.kmi, error.fault, limit - began)
+                _note_failure(kmi, error.fault, limit - began)
                 if not left or time.monotonic() >= deadline:
                     raise
             else:
                 served.kmi.standing.succeed()
-                if served.kmi is not holders[0].kmi:
-                    self._counts.failed_over(holders[0].kmi.name, served.kmi.name)
+                if served.kmi is not kmis[0]:
+                    self._counts.failed_over(kmis[0].name, served.kmi.name)
                 return served
 
     async def _hedge(
         self,
-        one: Holder,
-        other: Holder,
+        one: Kmi,
+        other: Kmi,
         operation: Operation,
         deadline: float,
         enter: Enter,
@@ -119,22 +110,22 @@ class Failover:
     ) -> Served:
         """Ask the second when the first is slow, or fails; the first result counts."""
         enter(one)
-        first = asyncio.ensure_future(one.kmi.submit(operation, deadline, timing))
-        asked: dict[asyncio.Future[Result], Holder] = {first: one}
+        first = asyncio.ensure_future(one.submit(operation, deadline, timing))
+        asked: dict[asyncio.Future[Result], Kmi] = {first: one}
         try:
             await asyncio.wait(asked, timeout=self._hedge_after)
             if not first.done() or _failed(first):
                 if first.done():  # to be slow once is no failure
-                    _note_failure(one.kmi, Fault.UNAVAILABLE, 0.0)
+                    _note_failure(one, Fault.UNAVAILABLE, 0.0)
                 with suppress(OperationError):  # it may not be asked: the first has the last word
                     enter(other)
-                    second = asyncio.ensure_future(other.kmi.submit(operation, deadline, timing))
+                    second = asyncio.ensure_future(other.submit(operation, deadline, timing))
                     asked[second] = other
             task = await _first_good(asked)
             if len(asked) > 1:
                 self._counts.hedged("lost" if task is first else "won")
             enter(asked[task])  # so that the trail names the one whose answer it is
-            return Served(task.result(), asked[task].kmi)
+            return Served(task.result(), asked[task])
         finally:
             for task in asked:
                 task.cancel()
@@ -156,18 +147,18 @@ def _failed(task: asyncio.Future[Result]) -> bool:
     return isinstance(error, OperationError) and error.fault in _ELSEWHERE
 
 
-def _by_standing(holders: Sequence[Holder], now: float) -> list[Holder]:
+def _by_standing(kmis: Sequence[Kmi], now: float) -> list[Kmi]:
     """The order to ask them in: the first that is worth it, then the others, those away last."""
-    order = sorted(holders, key=_is_away)
-    for holder in holders:
-        if holder.kmi.state is not _DISCONNECTED and holder.kmi.standing.may_try(now):
-            order.remove(holder)
-            return [holder, *order]
+    order = sorted(kmis, key=_is_away)
+    for kmi in kmis:
+        if kmi.state is not _DISCONNECTED and kmi.standing.may_try(now):
+            order.remove(kmi)
+            return [kmi, *order]
     return order
 
 
-def _is_away(holder: Holder) -> bool:
-    return holder.kmi.state is _DISCONNECTED or not holder.kmi.standing.is_good
+def _is_away(kmi: Kmi) -> bool:
+    return kmi.state is _DISCONNECTED or not kmi.standing.is_good
 
 
 def _note_failure(kmi: Kmi, fault: Fault, seconds: float) -> None:

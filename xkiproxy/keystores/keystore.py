@@ -34,7 +34,7 @@ from xkiproxy.crypto.wrapping import wrap
 from xkiproxy.keystores.authorization import Authorizer
 from xkiproxy.keystores.catalog import Catalog, CatalogEntry, CatalogError
 from xkiproxy.keystores.encryptions import Encryptions
-from xkiproxy.keystores.failover import Failover, Holder, Served
+from xkiproxy.keystores.failover import Failover, Served
 from xkiproxy.keystores.quotas import Quotas
 from xkiproxy.keystores.replay import Replay
 from xkiproxy.keystores.signing_keys import CachedSigningKeys
@@ -144,25 +144,36 @@ class KeyStore:
         return await self._give_out(operation, drawn)
 
     async def _submit_to_any(self, operation: Operation, deadline: float, trail: Trail) -> Served:
-        """Let the first KMI execute it that can; each is asked only if it may be."""
+        """Let the first KMI execute it that can; each is asked only if it may be.
+
+        What the catalog says is looked up whenever it is needed: it may change while a KMI is
+        waited for, and a verdict on what it said before would be remembered as one on now.
+        """
         assert self._failover is not None  # noqa: S101 - the caller has looked
 
-        def enter(holder: Holder) -> None:
-            kmi, entry = holder
+        def enter(kmi: Kmi) -> None:
             trail.kmi = kmi.name
+            entry = self._entry(kmi, operation)
             if self.authorizer is not None:
                 self.authorizer.check(operation, entry, self._catalog.revision, trail)
             if entry is not None and isinstance(operation, Encrypt | Decrypt):
+                _check_state(entry)
                 _check_usage(operation, entry)
 
-        holders = self._holders(operation)
-        return await self._failover.submit(holders, operation, deadline, enter, trail.timing)
+        kmis = [kmi for kmi in self.kmis if self._holds(kmi, operation)]
+        return await self._failover.submit(kmis, operation, deadline, enter, trail.timing)
 
-    def _holders(self, operation: Operation) -> list[Holder]:
+    def _holds(self, kmi: Kmi, operation: Operation) -> bool:
+        return isinstance(operation, Random) or bool(self._catalog.get(kmi.name, operation.key_id))
+
+    def _entry(self, kmi: Kmi, operation: Operation) -> CatalogEntry | None:
+        """What the catalog says of the key at a KMI; None for what needs no key."""
         if isinstance(operation, Random):
-            return [Holder(kmi, None) for kmi in self.kmis]
-        found = [(kmi, self._catalog.get(kmi.name, operation.key_id)) for kmi in self.kmis]
-        return [Holder(kmi, entry) for kmi, entry in found if entry is not None]
+            return None
+        entry = self._catalog.get(kmi.name, operation.key_id)
+        if entry is None:  # it was removed meanwhile
+            raise _no_such_key()
+        return entry
 
     @property
     def is_full(self) -> bool:
@@ -193,7 +204,7 @@ class KeyStore:
             self._refresh_catalog()
             found = self._look_up(key_id)
         if found is None:
-            raise OperationError(Fault.KEY_NOT_FOUND, "There is no such key.")
+            raise _no_such_key()
         return found
 
     def _look_up(self, key_id: str) -> tuple[Kmi, CatalogEntry] | None:
@@ -277,6 +288,10 @@ async def decrypts_to(
 
 def _availability(kmi: Kmi, oldest: float) -> Availability:
     return _AVAILABILITY[kmi.state] if kmi.checked > oldest else Availability.UNAVAILABLE
+
+
+def _no_such_key() -> OperationError:
+    return OperationError(Fault.KEY_NOT_FOUND, "There is no such key.")
 
 
 def _check_state(entry: CatalogEntry) -> None:
