@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -54,3 +55,17 @@ def test_a_folder_that_is_gone(tmp_path: Path) -> None:
     kept.of("demo")["a"] = 1.0
     with pytest.raises(OSError, match="gone"):
         kept.write()
+
+
+def test_many_that_write_at_the_same_moment_lose_nothing(tmp_path: Path) -> None:
+    path = last_use_path(tmp_path / "catalog.db")
+    writers = [LastUse(path) for _ in range(8)]
+
+    def write_often(number: int) -> None:
+        for at in range(20):
+            writers[number].of("demo")[f"{number}-{at}"] = 1.0
+            writers[number].write()
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write_often, range(8)))
+    assert len(read_last_use(path)["demo"]) == 8 * 20

@@ -1,12 +1,12 @@
 """When each access key was used last, so that one that nobody uses can be seen and revoked.
 
 Written once a minute beside the catalog, by every process for what it has seen: each merges the
-file with what it knows, later times win. Two that write at the same moment may undo each other's
-change, until the next minute.
+file with what it knows, under a lock, and later times win.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import tempfile
@@ -52,6 +52,15 @@ class LastUse:
         seen = {store: dict(times) for store, times in self._seen.items() if times}
         if seen == self._written:
             return
+        descriptor = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            self._merge(seen)
+        finally:
+            os.close(descriptor)  # which unlocks it
+        self._written = seen
+
+    def _merge(self, seen: Times) -> None:
         merged = read_last_use(self._path)
         for store, times in seen.items():
             known = merged.setdefault(store, {})
@@ -65,4 +74,3 @@ class LastUse:
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
-        self._written = seen
