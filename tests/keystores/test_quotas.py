@@ -106,6 +106,22 @@ def test_what_is_remembered_does_not_grow(clock: Clock) -> None:
     assert len(of._buckets) <= 4096
 
 
+def test_a_name_of_any_length_is_counted_and_a_long_one_not_kept(clock: Clock) -> None:
+    of = Quotas("demo", {"principal": Quota(1, 1)}, QuotaTable())
+    assert admitted(of, 3, "k", "p" * 60_000) == 1
+    assert not of._buckets
+
+
+@pytest.mark.parametrize("quota", [Quota(1000, 1000), Quota(1, 10)], ids=str)
+def test_a_quota_that_is_changed_holds_at_once(clock: Clock, quota: Quota) -> None:
+    table = QuotaTable()
+    assert admitted(Quotas("demo", {"all": Quota(1, 600)}, table), 601) == 600
+    changed = Quotas("demo", {"all": quota}, table)
+    assert admitted(changed, 1) == 0  # what has been taken counts
+    clock.now += 1
+    assert admitted(changed, 1001) == quota.rate
+
+
 _OTHER_PROCESS = """
 import sys
 from xkiproxy.keystores.quotas import Quota, Quotas, QuotaTable

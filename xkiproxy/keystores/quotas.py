@@ -22,6 +22,8 @@ _PLACES = 1 << 16
 _PROBES = 8
 _TABLE_SIZE = _KEY_SIZE + 16 * _PLACES
 _MAX_REMEMBERED = 4096
+_LONGEST_REMEMBERED = 4096
+"""Names of more characters are looked up anew each time: a client chooses how long they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,8 +149,12 @@ class Quotas:
                 place = self._table.place(mark, now)
                 period, depth = 1 / quota.rate, quota.burst / quota.rate
                 limit = depth + 1e-3 * period
+                # Under the quota that was before a reload more time may have been taken than a
+                # burst is now: such a bucket is empty, and no emptier than that.
+                self._table.times[place] = min(self._table.times[place], now + depth)
                 buckets.append((kind, mark, place, period, depth, limit))
         if len(self._buckets) >= _MAX_REMEMBERED:
             self._buckets.clear()
-        self._buckets[key_id, principal] = buckets
+        if len(principal) <= _LONGEST_REMEMBERED:
+            self._buckets[key_id, principal] = buckets
         return buckets
