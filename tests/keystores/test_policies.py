@@ -359,3 +359,23 @@ def test_what_is_remembered_does_not_grow(tmp_path: Path) -> None:
         asked.caller = Caller(principal=str(number))
         made.check(Describe("payroll"), ENTRY, 1, asked)
     assert len(made._verdicts) <= 8193
+
+
+def test_a_question_of_any_length_is_answered_and_a_long_one_not_kept(tmp_path: Path) -> None:
+    made, counting = authorizer(tmp_path, f"{PERMIT};")
+    asked = trail()
+    asked.caller = Caller(principal="p" * 60_000)
+    for _ in range(2):
+        made.check(Describe("payroll"), ENTRY, 1, asked)
+    assert counting.asked == 2
+    assert not made._verdicts
+
+
+def test_what_annotations_and_keys_of_records_are_called_is_free(tmp_path: Path) -> None:
+    text = (
+        f'@has("x") @Var("context") {PERMIT}'
+        ' when { {"has": context.access_key_id, Var: "context"}["has"] like "XKI*" };'
+    )
+    made, _ = authorizer(tmp_path, text)
+    assert made.policies.needs == {"access_key_id"}
+    made.check(Describe("payroll"), ENTRY, 1, trail())

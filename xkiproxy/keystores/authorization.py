@@ -35,6 +35,8 @@ ACTIONS: dict[type[Operation], str] = {
 """The actions of the schema."""
 
 _MAX_VERDICTS = 8192
+_LONGEST_REMEMBERED = 4096
+"""A question of more characters is asked anew each time: a client chooses how long it is."""
 
 _SAID = {
     "instance": "caller.instance",
@@ -85,13 +87,16 @@ class Authorizer:
         how = None
         if self._asks_crypto and (kind is Encrypt or kind is Decrypt):
             how = operation.algorithm, operation.iv is None  # type: ignore[union-attr]
-        question = kind, self._who(trail), how, int(time()) if self._asks_time else 0
+        who = self._who(trail)
+        question = kind, who, how, int(time()) if self._asks_time else 0
         denial = verdicts.get(question, "")
         if denial == "":
             if len(verdicts) >= _MAX_VERDICTS:
                 verdicts.clear()
             verdict = self.policies.evaluate(self._request(operation, entry, trail))
-            denial = verdicts[question] = None if verdict.allowed else verdict.reason
+            denial = None if verdict.allowed else verdict.reason
+            if sum(map(len, who)) <= _LONGEST_REMEMBERED:
+                verdicts[question] = denial
         if denial is not None:
             why = "The key's owner does not permit this."
             raise OperationError(Fault.ACCESS_DENIED, why, details={"policy": denial})

@@ -232,8 +232,8 @@ def _located(statement: Statement, error: str) -> str:
     return f"{statement.file}:{line}: {reason}"
 
 
-def _context_attributes(node: Any) -> frozenset[str]:
-    """The attributes of the context that policies mention, in Cedar's JSON form.
+def _context_attributes(policies: dict[str, Any]) -> frozenset[str]:
+    """The attributes of the context that policies mention; `policies` in Cedar's JSON form.
 
     All of them where a policy uses the context as a whole.
     """
@@ -247,14 +247,17 @@ def _context_attributes(node: Any) -> frozenset[str]:
             if node.get("Var") == "context":
                 found.update(_all_attributes())
             for operator, operand in node.items():
-                if operator in {".", "has"} and operand["left"] == {"Var": "context"}:
+                # A record may have keys of these names.
+                is_access = operator in {".", "has"} and isinstance(operand, dict)
+                if is_access and operand.get("left") == {"Var": "context"}:
                     # `has` with a path (a.b) has a list: its first part is the context's.
                     attribute = operand["attr"]
                     found.add(attribute if isinstance(attribute, str) else attribute[0])
                 else:
                     walk(operand)
 
-    walk(node)
+    # Only conditions are expressions: what annotations are called is anybody's choice.
+    walk([policy["conditions"] for policy in policies["staticPolicies"].values()])
     return frozenset(found)
 
 
