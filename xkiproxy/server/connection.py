@@ -379,7 +379,7 @@ class Connection(BaseProtocol):
 
     def expire(self) -> None:
         """The time limit of its state is over."""
-        if self.state is _BODY and self._request is not None:
+        if self.state is _BODY and self._request is not None and not self._paused:
             self._request.trouble = Trouble.BODY_TIMEOUT
             self._advance()
         else:
