@@ -265,7 +265,7 @@ async def overload(pace: Pace) -> Outcome:
 async def memory(pace: Pace) -> Outcome:
     """Memory after many requests against after ten thousand.
 
-    With XKS, since XKI's replay window keeps 70 bytes of each request of 15 minutes by design.
+    With XKS, since XKI's replay window keeps 90 bytes of each request of 15 minutes by design.
     """
     outcome = Outcome()
     with ProxyServer(tls=False) as proxy:

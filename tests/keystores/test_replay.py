@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
+
+from xkiproxy.crypto.operations import Fault, OperationError
 from xkiproxy.keystores.replay import ReplayWindow
 
 NOW = 1_800_000_000.0
@@ -37,5 +40,8 @@ def test_a_full_window_admits_nothing() -> None:
     window = ReplayWindow(capacity=2)
     assert window.admit("id", "a", NOW + 10, NOW)
     assert window.admit("id", "b", NOW + 10, NOW)
-    assert not window.admit("id", "c", NOW + 10, NOW)
+    with pytest.raises(OperationError) as refused:
+        window.admit("id", "c", NOW + 10, NOW)
+    assert refused.value.fault is Fault.THROTTLED
+    assert not window.admit("id", "a", NOW + 10, NOW)  # a replay stays one
     assert window.admit("id", "c", NOW + 900, NOW + 12)

@@ -58,6 +58,17 @@ def test_a_quota_holds_over_all_workers(server: Workers) -> None:
     assert [server.encrypt(b"x")[0] for _ in range(4)] == [200, 200, 429, 429]
 
 
+def test_with_a_full_replay_window_nothing_is_taken_for_a_replay(server: Workers) -> None:
+    text = server.config.read_text()
+    server.config.write_text(text.replace("[server]\n", "[server]\nreplay_capacity = 64\n", 1))
+    server.start()
+    outcomes = [server.encrypt(b"x") for _ in range(200)]
+    assert {status for status, _ in outcomes} == {200, 429}
+    assert retry_after(server) == (429, "1")
+    assert server.sample("xkiproxy_shed_total", reason="replay_window") > 0
+    assert "replay" not in {record.get("reason") for record in server.records()}
+
+
 def test_a_network_that_is_not_admitted(server: Workers) -> None:
     add(server, 'source_networks = ["192.0.2.0/24", "2001:db8::/32"]\n')
     server.start()

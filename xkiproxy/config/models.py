@@ -135,6 +135,12 @@ class ServerSettings(Section):
     max_body_bytes: Annotated[int, Field(ge=1024, le=16 << 20)] = 64 << 10
     """A larger body is refused with 413, before it is read where its length is announced."""
 
+    replay_capacity: Annotated[int, Field(ge=64, le=200_000_000)] = 4_000_000
+    """How many XKI requests of the last 15 minutes are remembered, so that none is accepted twice:
+    the default is 4,400 a second. More are refused with 429. For each key store, 90 bytes each as
+    they come; with several workers for all key stores together, 24 bytes each from the start.
+    """
+
     handshake_timeout_seconds: Seconds = 10
     """For the TLS handshake."""
 

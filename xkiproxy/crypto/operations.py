@@ -220,8 +220,8 @@ class OperationError(Exception):
 
     `message` is sent to the client: it never holds key material, plaintext or a secret.
     `parameter` names the field of the operation at fault, with `INVALID_PARAMETER`. `details` are
-    for the audit log and not for the client: which `policy` or `quota` refused it, and with a quota
-    `retry_after`, the seconds after which it would not.
+    for the audit log and not for the client: which `policy` or `quota` refused it, what is `full`,
+    and with a quota `retry_after`, the seconds after which it would not.
     """
 
     def __init__(

@@ -2,8 +2,8 @@
 
 A nonce is kept as its keyed 64-bit hash with the second at which it expires, in one of 64 places of
 the bucket that the hash names. A bucket is looked at and changed under a lock that the kernel takes
-back from a process that dies. A bucket without a free place admits nothing: with the table half
-full, which is two million requests in 15 minutes, that is the case for one nonce in ten million.
+back from a process that dies. A bucket without a free place admits nothing. There are twice as many
+places as nonces to be remembered: with the table half full one nonce in ten million finds no place.
 
 Layout: 16 bytes of key, then for each bucket 64 hashes of 8 bytes, then for each 64 times of 4.
 """
@@ -15,6 +15,8 @@ import hashlib
 import mmap
 import os
 
+from xkiproxy.keystores.replay import DEFAULT_CAPACITY, window_is_full
+
 _PLACES = 64
 _KEY_SIZE = 16
 _HASH_SIZE = 8
@@ -22,11 +24,12 @@ _BUCKET_SIZE = _PLACES * _HASH_SIZE
 _LOCKS = 1024
 
 
-def make_replay_table(buckets: int = 1 << 16) -> int:
-    """An anonymous file with an empty table (12 bytes a place), for `SharedReplayWindow`.
+def make_replay_table(capacity: int = DEFAULT_CAPACITY) -> int:
+    """An anonymous file with an empty table for so many nonces (24 bytes each).
 
-    Returns its descriptor; memory is taken as the table fills. Raises OSError.
+    Returns its descriptor, for `SharedReplayWindow`. Raises OSError.
     """
+    buckets = -(-2 * capacity // _PLACES)
     descriptor = os.memfd_create("xkiproxy-replay", os.MFD_CLOEXEC)
     try:
         os.ftruncate(descriptor, _KEY_SIZE + buckets * _PLACES * (_HASH_SIZE + 4))
@@ -52,7 +55,7 @@ class SharedReplayWindow:
         self._times = memoryview(self._map)[start:].cast("I")
 
     def admit(self, access_key_id: str, nonce: str, expires: float, now: float) -> bool:
-        """Whether this is the first use of a nonce; times are seconds since the epoch."""
+        """See `Replay.admit`."""
         text = b"%b\0%b\0%b" % (self._scope, access_key_id.encode(), nonce.encode())
         mark = hashlib.blake2b(text, digest_size=_HASH_SIZE, key=self._key).digest()
         bucket = int.from_bytes(mark, "little") % self._buckets
@@ -72,7 +75,7 @@ class SharedReplayWindow:
                 return False
         oldest = min(times)
         if oldest >= now:
-            return False
+            raise window_is_full()
         place = times.index(oldest)
         # The time comes last: a process that dies in between leaves a place that is still free.
         self._map[start + place * _HASH_SIZE : start + (place + 1) * _HASH_SIZE] = mark

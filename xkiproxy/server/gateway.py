@@ -267,9 +267,7 @@ class Gateway:
         duration.observe(now - exchange.began)
         counter.inc()
         if exchange.status == _THROTTLED:
-            quota = exchange.details.get("quota")
-            why = "overload" if quota is None else f"quota_{quota}"
-            self._metrics.shed.labels(tenant.store.name, why).inc()
+            self._metrics.shed.labels(tenant.store.name, _why_shed(exchange)).inc()
         if exchange.reason:
             self._metrics.auth_failures.labels(tenant.store.name, exchange.reason).inc()
         if exchange.timing is not None:
@@ -311,6 +309,11 @@ class Gateway:
         self._metrics.requests.labels("", protocol.name, "", refusal.code).inc()
         body = protocol.encode_refusal(refusal, new_request_id())
         return PlainAnswer(refusal.status, protocol.headers(""), body)
+
+
+def _why_shed(exchange: Exchange) -> str:
+    quota = exchange.details.get("quota")
+    return f"quota_{quota}" if quota else str(exchange.details.get("full", "overload"))
 
 
 def _encode_record(exchange: Exchange) -> bytes:

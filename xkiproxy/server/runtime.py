@@ -202,7 +202,7 @@ class Runtime:
             if tenant.store.name == keystore:
                 return tenant.store.replay
         if self._tables is None:
-            return ReplayWindow()
+            return ReplayWindow(self.config.server.replay_capacity)
         return SharedReplayWindow(self._tables.replay, keystore)
 
     def _quotas(self, settings: KeystoreSettings) -> Quotas | None:

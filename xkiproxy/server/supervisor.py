@@ -98,7 +98,8 @@ class Supervisor:
         host, _ = split_address(self._config.server.listen)
         port = place.getsockname()[1]
         self._address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        self._tables = Tables(make_replay_table(), make_quota_table())
+        replay = make_replay_table(self._config.server.replay_capacity)
+        self._tables = Tables(replay, make_quota_table())
         keepers: list[asyncio.Task[None]] = []
         try:
             await asyncio.gather(*(self._start(worker) for worker in self._workers))
