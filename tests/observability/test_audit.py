@@ -149,6 +149,18 @@ def test_recovered_bytes_may_not_be_changed(tmp_path: Path) -> None:
     assert "changed" in " ".join(problems(path))
 
 
+def test_a_line_that_is_no_record_before_a_file_without_lines(tmp_path: Path) -> None:
+    path, moved = tmp_path / "audit.jsonl", tmp_path / "audit.jsonl.1"
+    log = AuditLog(path)
+    log.append([encode({"n": 1})])
+    log.close()
+    path.rename(moved)
+    with moved.open("ab") as file:
+        file.write(b"nothing\n")
+    path.touch()
+    assert problems(moved, path) == [f"{moved}:2: changed: the line is no record"]
+
+
 def test_zeros_that_a_power_cut_leaves_are_an_unfinished_line(tmp_path: Path) -> None:
     path = tmp_path / "audit.jsonl"
     log = AuditLog(path)

@@ -186,7 +186,8 @@ class ChainVerifier:
 
     def end_file(self) -> None:
         """The file is over: an unfinished line stays one."""
-        if self._state.broken and not self._history[-1][0].endswith(b"\n"):
+        # A file without lines leaves what the one before it ended in as it is.
+        if self._state.broken and self._history and not self._history[-1][0].endswith(b"\n"):
             *broken, place = self._state.broken
             self._state = self._state._replace(broken=tuple(broken))
             text = "the last line has no end: it is being written, or the server was killed"
