@@ -149,6 +149,27 @@ def test_recovered_bytes_may_not_be_changed(tmp_path: Path) -> None:
     assert "changed" in " ".join(problems(path))
 
 
+def test_a_copy_of_a_line_that_lacked_its_end_is_found_wherever_it_is(tmp_path: Path) -> None:
+    """The recovery that comes later excuses that line alone, not what was done with it before."""
+    path = tmp_path / "audit.jsonl"
+    log = AuditLog(path)
+    log.append([encode({"n": n}) for n in range(1, 6)])
+    log.close()
+    os.truncate(path, path.stat().st_size - 1)
+    log = AuditLog(path)
+    log.append([encode({"n": 6})])
+    log.close()
+    whole = path.read_bytes().splitlines(keepends=True)
+    assert problems(path) == []
+    for place in range(1, 4):
+        path.write_bytes(b"".join([*whole[:place], whole[4], *whole[place:]]))
+        assert problems(path) == [f"{path}:{place + 1}: inserted: a second record 5"]
+    path.write_bytes(b"".join([*whole[:2], whole[3], whole[2], *whole[4:]]))
+    assert problems(path) == [f"{path}:3: reordered: record 4 stands in another place than its own"]
+    path.write_bytes(b"".join([*whole[:4], whole[6], *whole[4:6]]))
+    assert problems(path) == [f"{path}:5: reordered: record 6 stands in another place than its own"]
+
+
 def test_a_line_that_is_no_record_before_a_file_without_lines(tmp_path: Path) -> None:
     path, moved = tmp_path / "audit.jsonl", tmp_path / "audit.jsonl.1"
     log = AuditLog(path)

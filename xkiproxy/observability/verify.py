@@ -110,6 +110,17 @@ class _Amendment(NamedTuple):
     problem: Problem
 
 
+class _Before(NamedTuple):
+    """A line, and what was known before it: if it is forgiven, it has told nothing."""
+
+    raw: bytes
+    state: _State
+    early: _Early | None
+    amendment: _Amendment | None
+    problems: int
+    records: int
+
+
 @dataclass(slots=True)
 class ChainReport:
     """What was found in the files of one chain."""
@@ -155,10 +166,12 @@ class ChainVerifier:
         self._early: _Early | None = None
         self._moved: dict[int, tuple[str, Place]] = {}
         """Records that stood before their turn, by number: their hashes and places."""
+        self._met: tuple[int, tuple[str, Place]] | None = None
+        """The one of these that the last line has settled."""
         self._gaps: list[_Gap] = []
         self._late = ""
         self._amendment: _Amendment | None = None
-        self._history: deque[tuple[bytes, _State, int, int]] = deque(maxlen=_LOOK_BACK)
+        self._history: deque[_Before] = deque(maxlen=_LOOK_BACK)
 
     def begin_file(self) -> None:
         """What follows is in another file."""
@@ -170,7 +183,9 @@ class ChainVerifier:
         if line is not None and line.event == RECOVERED and self._sink == FILE:
             self._forgive(line, place)
         report, state = self.report, self._state
-        self._history.append((raw, state, len(report.problems), report.records))
+        before = state, self._early, self._amendment, len(report.problems), report.records
+        self._history.append(_Before(raw, *before))
+        self._met = None
         if line is None:
             self._state = state._replace(broken=(*state.broken[:_LOOK_BACK], place))
             return None
@@ -187,7 +202,7 @@ class ChainVerifier:
     def end_file(self) -> None:
         """The file is over: an unfinished line stays one."""
         # A file without lines leaves what the one before it ended in as it is.
-        if self._state.broken and self._history and not self._history[-1][0].endswith(b"\n"):
+        if self._state.broken and self._history and not self._history[-1].raw.endswith(b"\n"):
             *broken, place = self._state.broken
             self._state = self._state._replace(broken=tuple(broken))
             text = "the last line has no end: it is being written, or the server was killed"
@@ -324,7 +339,7 @@ class ChainVerifier:
         moved = self._moved.get(link.seq + 1)
         if moved is None or line.seq != link.seq + 2 or line.prev != moved[0]:
             return False
-        del self._moved[link.seq + 1]
+        self._met = link.seq + 1, self._moved.pop(link.seq + 1)
         self._add_reordered(moved[1], link.seq + 1)
         return True
 
@@ -332,6 +347,7 @@ class ChainVerifier:
         """A record that stood before its turn stands at its place too: the early one is a copy."""
         moved = self._moved.pop(line.seq, None)
         if moved is not None:
+            self._met = line.seq, moved
             self._add_second(moved[1], line.seq)
 
     def _add_reordered(self, place: Place, seq: int) -> None:
@@ -348,19 +364,30 @@ class ChainVerifier:
             self.report.add(gap.place, "removed", _missing(gap))
 
     def _forgive(self, line: Line, place: Place) -> None:
-        """Unfinished bytes that a record of their recovery tells of are no problem."""
+        """Unfinished bytes that a record of their recovery tells of are no problem.
+
+        One of them may be a record that lacked its line feed alone. All that it has told is
+        forgotten, not only what was wrong with it: the record of the recovery has its number and
+        tells the same of the lines before.
+        """
         size, region = line.fields.get("bytes"), b""
-        for raw, state, problems, records in reversed(self._history):
-            region = raw + region
+        for before in reversed(self._history):
+            region = before.raw + region
             if len(region) - 1 == size:
                 if sha256(region[:-1]).hexdigest() == line.fields.get("sha256"):
-                    self._state = state
-                    del self.report.problems[problems:]
-                    self.report.records = records
+                    self._go_back(before)
                     return
                 break
         text = "the unfinished bytes before it are not those that it tells of"
         self.report.add(place, "changed", text)
+
+    def _go_back(self, before: _Before) -> None:
+        """Only the last line may have been a record: what it met is still to be met."""
+        self._state, self._early, self._amendment = before.state, before.early, before.amendment
+        if self._met is not None:
+            self._moved[self._met[0]] = self._met[1]
+        del self.report.problems[before.problems :]
+        self.report.records = before.records
 
 
 def _missing(gap: _Gap) -> str:
