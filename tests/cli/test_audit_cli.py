@@ -287,6 +287,15 @@ def test_a_long_name_does_not_widen_the_table(run: Run, site: Site) -> None:
     assert arn in whole
 
 
+def test_a_terminal_obeys_no_principal(run: Run, site: Site) -> None:
+    log = AuditLog(site.directory / "audit.jsonl")
+    log.append([encode({"principal": "me\x1b[2J\nyou", "key": "k"})])
+    log.close()
+    lines = run("audit", "search", "--config", site.config, "--key", "k").out.splitlines()
+    assert len(lines) == 2
+    assert "me�[2J�you" in lines[1]
+
+
 def test_search_goes_on_when_its_reader_does_not(long_log: Path) -> None:
     """`| head`: no traceback."""
     with subprocess.Popen(
