@@ -215,6 +215,26 @@ def test_the_log_of_a_configuration_with_all_workers(run: Run, site: Site) -> No
     assert "must be 32 bytes" in outcome.err
 
 
+def test_a_key_that_came_later(run: Run, site: Site) -> None:
+    path = site.directory / "audit.jsonl"
+    write(path, range(1, 501), AuditOptions(max_bytes=50_000))
+    old = len(log_files(path)) - 1
+    refused = run("audit", "verify", "--config", site.config, "--hmac-since", 1)
+    assert (refused.status, "there is no audit.hmac_key" in refused.err) == (2, True)
+    write_secret_file(site.directory / "audit.key", KEY.hex())
+    with site.config.open("a") as file:
+        file.write('[audit]\nhmac_key = "audit.key"\n')
+    write(path, range(501, 1001), AuditOptions(max_bytes=50_000, hmac_key=KEY))
+    outcome = run("audit", "verify", "--config", site.config)
+    assert outcome.status == 1
+    assert outcome.out.count(": hmac: it has no HMAC") == old
+    file = sort_files(log_files(path))["audit.jsonl"][old]
+    since = json.loads(file.read_bytes().splitlines()[0])["seq"]
+    outcome = run("audit", "verify", "--config", site.config, "--hmac-since", since)
+    assert outcome.status == 0, outcome.out
+    assert "audit.jsonl: note: HMACs cover " in outcome.out
+
+
 def write_text(path: Path, text: str) -> None:
     path.chmod(0o600)
     path.write_text(text)

@@ -414,18 +414,24 @@ def verify_chain(
     watch: Watcher | None = None,
     expected: set[Link] | None = None,
     sink: str = FILE,
+    hmac_since: int = 0,
 ) -> ChainReport:
     """Verify the files of one chain, in their order; raises OSError.
 
     A record of `expected` that is there is taken out of it. `sink`: what has stored the files.
+    With a key, all files but the one in use and those that end before record `hmac_since` must
+    have an HMAC: what the log says of it itself is no measure, the chain has no key.
     """
     report = ChainReport(name, files)
+    in_use = next((file for file in reversed(files) if split_name(file.name)[0] == file.name), None)
+    covered = 0
     verifier = ChainVerifier(report, sink)
     copies = None if sink == FILE else _Copies()
     read_bytes = 0
     for file in files:
         mac = None if hmac_key is None else new_hmac(hmac_key)
         verifier.begin_file()
+        before = report.records
         line: Line | None = None
         for number, raw in enumerate(read_lines(file), 1):
             if copies is not None and copies.has(raw):
@@ -440,8 +446,13 @@ def verify_chain(
                 watch(file, read_bytes, report.records)
         verifier.end_file()
         if sink == FILE:
-            _check_hmac(report, file, line, "" if mac is None else mac.hexdigest())
+            digest = "" if mac is None else mac.hexdigest()
+            is_needed = mac is not None and file != in_use and _last_seq(line) >= hmac_since
+            if _check_hmac(report, file, line, digest, is_needed=is_needed):
+                covered += report.records - before
     verifier.end()
+    if hmac_key is not None and sink == FILE:
+        report.notes.append(f"HMACs cover {covered} of {report.records} records")
     if copies is not None and copies.count:
         report.notes.append(f"{copies.count} records came again, unchanged")
     order = {file: index for index, file in enumerate(files)}
@@ -471,19 +482,30 @@ class _Copies:
         return False
 
 
-def _check_hmac(report: ChainReport, file: Path, last: Line | None, digest: str) -> None:
+def _last_seq(line: Line | None) -> int:
+    return 0 if line is None else line.seq
+
+
+def _check_hmac(
+    report: ChainReport, file: Path, last: Line | None, digest: str, *, is_needed: bool
+) -> bool:
+    """Whether a file's HMAC is there and right."""
     place = Place(file, 0)
     written = read_hmac(file)
     promised = last is not None and last.event == CLOSED and last.fields.get("hmac") is True
     if written is None:
         if promised:
             report.add(place, "hmac", f"{hmac_file(file).name} is missing")
-        elif digest and split_name(file.name)[1]:
-            report.notes.append(f"{file.name} was closed without an HMAC")
-    elif not digest:
+        elif is_needed:
+            report.add(place, "hmac", "it has no HMAC, though there is a key")
+        return False
+    if not digest:
         report.notes.append(f"{file.name}: its HMAC was not checked, for want of the key")
-    elif not hmac.compare_digest(written.encode(), digest.encode()):
+        return False
+    if not hmac.compare_digest(written.encode(), digest.encode()):
         report.add(place, "hmac", "the file is not what it was when it was closed")
+        return False
+    return True
 
 
 def read_lines(file: Path) -> Iterator[bytes]:
