@@ -4,8 +4,9 @@ Where a line does not follow from the one before it, the lines around say why: a
 successor has another hash for it was changed; a number that comes twice was inserted; one that
 comes early and is missing later was moved; one that never comes was removed.
 
-What another sink than the file has stored is verified in the same way, with two differences: the
-same record may come again (a connection that broke), and it may begin anywhere.
+What another sink than the file has stored is verified in the same way, with three differences: the
+same record may come again (a connection that broke), it may begin anywhere, and it may have records
+that the file lost with the run that wrote them: the next run begins where the file ends.
 """
 
 from __future__ import annotations
@@ -21,7 +22,17 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from xkiproxy.observability.chain import CLOSED, FILE, RECOVERED, START, Line, Link, read_line
+from xkiproxy.observability.chain import (
+    CLOSED,
+    FILE,
+    OPENED,
+    RECOVERED,
+    RESTARTED,
+    START,
+    Line,
+    Link,
+    read_line,
+)
 from xkiproxy.observability.logfiles import (
     closed_seq,
     hmac_file,
@@ -37,6 +48,14 @@ _LOOK_BACK = 64
 
 _COPIES = 1 << 18
 """Records back from which one may be sent again: more than the largest buffer of a sink holds."""
+
+_MAX_TWINS = 7
+"""Of so many records with the same number copies are known."""
+
+_BEGINNINGS = {OPENED, RECOVERED, RESTARTED}
+"""The first record of a run is one of these, where the one before was not ended in order."""
+
+_LISTED = 10
 
 _WAIT_SECONDS = 0.1
 _REPORT_LINES = 1 << 16
@@ -156,10 +175,13 @@ class ChainReport:
 class ChainVerifier:
     """Takes the lines of a chain's files one after the other."""
 
-    def __init__(self, report: ChainReport, sink: str = FILE) -> None:
-        """`sink`: whose records they are."""
+    def __init__(self, report: ChainReport, sink: str, copies: _Copies) -> None:
+        """`sink`: whose records they are; `copies`: what came before, of all but the file."""
         self.report = report
         self._sink = sink
+        self._copies = copies
+        self._restarts: list[int] = []
+        """Records with which a run began after one that was not ended in order."""
         self._told: list[tuple[int, int]] = []
         """Records that the sink was not given, as the chain says."""
         self._state = _State()
@@ -193,6 +215,8 @@ class ChainVerifier:
         told = line.missing(self._sink)
         if told is not None:
             self._told.append(told)
+        if line.event == RESTARTED:
+            self._restarts.append(line.seq)
         if self._early is None and not state.broken and state.is_followed_by(line):
             self._go_on(line, place)
         else:
@@ -210,6 +234,12 @@ class ChainVerifier:
 
     def end(self) -> None:
         """All files are over."""
+        self.report.last = self._end_branch()
+        if self._restarts and self._sink == FILE:
+            self.report.notes.append(_restarted(self._restarts))
+
+    def _end_branch(self) -> Link:
+        """Nothing more comes that hangs on these records; the last one."""
         for place in self._state.broken:
             self.report.add(place, "changed", "the line is no record")
         self._settle_early()
@@ -223,7 +253,7 @@ class ChainVerifier:
         for gap in self._gaps:
             if gap.late <= gap.last - gap.first:
                 self._add_missing(gap)
-        self.report.last = last
+        return last
 
     def _go_on(self, line: Line, place: Place, *, is_wrong: bool = False) -> None:
         if self._moved:
@@ -233,6 +263,9 @@ class ChainVerifier:
 
     def _judge(self, line: Line, place: Place, raw: bytes) -> None:
         """A record that does not simply follow."""
+        if self._is_new_run(line):
+            self._begin_run(line, place)
+            return
         early = self._early
         if early is not None:
             if early.before.is_followed_by(line):
@@ -256,18 +289,44 @@ class ChainVerifier:
         else:
             self._judge_wrong(line, place, raw, state.link)
 
+    def _is_new_run(self, line: Line) -> bool:
+        """Whether it has numbers anew, as the file had not what was given to this sink."""
+        last = self._state.link
+        return (
+            self._sink != FILE
+            and last is not None
+            and line.event in _BEGINNINGS
+            and line.seq <= last.seq
+            and self._copies.may_precede(line)
+        )
+
+    def _begin_run(self, line: Line, place: Place) -> None:
+        last = self._end_branch()
+        self._moved.clear()
+        self._gaps.clear()
+        self.report.notes.append(
+            f"{place}: {_records(line.seq, last.seq)} before this line are of a run that was ended"
+            " before the file had them: the next one gives their numbers anew"
+        )
+        self._go_on(line, place)
+
     def _begin(self, line: Line, place: Place) -> None:
         """The first record that there is."""
         self.report.first_seq = line.seq
         if line.seq == 1 and line.prev != START.hash:
             self.report.add(place, "changed", "record 1 hangs on another before it")
-        elif line.seq > 1 and "previous" not in line.fields and self._sink == FILE:
+        elif line.seq > 1 and not self._may_begin(line):
             text = f"what was before record {line.seq} is missing: it does not begin a file"
             self.report.add(place, "removed", text)
         elif line.seq > 1:
             text = f"begins with record {line.seq}: what was before it is not in these files"
             self.report.notes.append(text)
         self._go_on(line, place)
+
+    def _may_begin(self, line: Line) -> bool:
+        """Whether there may be none before it: in another file, or with other sinks alone."""
+        is_told = line.missing(FILE) == (1, line.seq - 1)
+        return self._sink != FILE or is_told or "previous" in line.fields
 
     def _judge_wrong(self, line: Line, place: Place, raw: bytes, link: Link) -> None:
         """A record whose number or hash is not the next one."""
@@ -391,9 +450,21 @@ class ChainVerifier:
 
 
 def _missing(gap: _Gap) -> str:
-    if gap.first == gap.last:
-        return f"record {gap.first} is missing before this line"
-    return f"records {gap.first} to {gap.last} are missing before this line"
+    verb = "is" if gap.first == gap.last else "are"
+    return f"{_records(gap.first, gap.last)} {verb} missing before this line"
+
+
+def _records(first: int, last: int) -> str:
+    return f"record {first}" if first == last else f"records {first} to {last}"
+
+
+def _restarted(numbers: list[int]) -> str:
+    listed = ", ".join(map(str, numbers[:_LISTED]))
+    more = f" and {len(numbers) - _LISTED} more" if len(numbers) > _LISTED else ""
+    return (
+        f"the run before record {listed}{more} was not ended in order: whether other sinks were"
+        " given records of it that the file has not, they alone show"
+    )
 
 
 def _second(seq: int) -> str:
@@ -425,8 +496,8 @@ def verify_chain(
     report = ChainReport(name, files)
     in_use = next((file for file in reversed(files) if split_name(file.name)[0] == file.name), None)
     covered = 0
-    verifier = ChainVerifier(report, sink)
-    copies = None if sink == FILE else _Copies()
+    copies = _Copies()
+    verifier = ChainVerifier(report, sink, copies)
     read_bytes = 0
     for file in files:
         mac = None if hmac_key is None else new_hmac(hmac_key)
@@ -434,7 +505,7 @@ def verify_chain(
         before = report.records
         line: Line | None = None
         for number, raw in enumerate(read_lines(file), 1):
-            if copies is not None and copies.has(raw):
+            if sink != FILE and copies.has(raw):
                 continue
             line = verifier.take(raw, Place(file, number))
             read_bytes += len(raw)
@@ -453,7 +524,7 @@ def verify_chain(
     verifier.end()
     if hmac_key is not None and sink == FILE:
         report.notes.append(f"HMACs cover {covered} of {report.records} records")
-    if copies is not None and copies.count:
+    if copies.count:
         report.notes.append(f"{copies.count} records came again, unchanged")
     order = {file: index for index, file in enumerate(files)}
     report.problems.sort(key=lambda problem: (order[problem.place.file], problem.place.line))
@@ -465,21 +536,28 @@ class _Copies:
 
     def __init__(self) -> None:
         self.count = 0
-        self._known: dict[int, bytes] = {}
+        self._known: dict[int, tuple[bytes, ...]] = {}
+        """The hashes of the records that have a number: one, and one more for each new run."""
 
     def has(self, raw: bytes) -> bool:
         """Whether a line is a record that was there already, octet by octet; it is noted."""
         line = read_line(raw[:-1])
         if line is None:
             return False
-        digest = sha256(raw).digest()
-        if self._known.get(line.seq) == digest:
+        digest = bytes.fromhex(line.hash)
+        known = self._known.get(line.seq, ())
+        if digest in known:
             self.count += 1
             return True
-        self._known.setdefault(line.seq, digest)
+        self._known[line.seq] = (*known[-_MAX_TWINS:], digest)
         if len(self._known) > _COPIES:
             del self._known[next(iter(self._known))]
         return False
+
+    def may_precede(self, line: Line) -> bool:
+        """Whether a record hangs on one that came before, or on one that is not known any more."""
+        known = self._known.get(line.seq - 1)
+        return known is None or bytes.fromhex(line.prev) in known
 
 
 def _last_seq(line: Line | None) -> int:
