@@ -351,6 +351,26 @@ def test_hmacs_that_were_taken_away_are_missed(tmp_path: Path) -> None:
     assert [text.split(": ")[1] for text in found] == ["hmac"] * len(closed)
 
 
+@pytest.mark.parametrize("runs", [True, False])
+def test_an_hmac_is_of_what_was_there_at_the_start_and_was_written_since(
+    tmp_path: Path, runs: bool
+) -> None:
+    """A forged chain in the file in use shows if the server runs, and not if it starts on it."""
+    path = tmp_path / "audit.jsonl"
+    options = AuditOptions(hmac_key=KEY)
+    log = AuditLog(path, options)
+    log.append([encode({"n": 1, "who": "mallory"})])
+    if not runs:
+        log.close()
+    forge([path])
+    if not runs:
+        log = AuditLog(path, options)
+    log._rotate()
+    log.close()
+    kinds = {text.split(": ")[1] for text in problems(*log_files(path), key=KEY)}
+    assert kinds == ({"changed", "hmac"} if runs else set())
+
+
 def test_files_that_are_older_than_the_key_have_no_hmac(tmp_path: Path) -> None:
     path = tmp_path / "audit.jsonl"
     old = closed_files(path, None, range(8))[:-1]

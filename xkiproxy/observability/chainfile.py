@@ -63,7 +63,7 @@ class ChainFile:
         self.size = 0
         self.link = START
         self.mac: HMAC | None = None
-        """Fed with all that is in the file, where there is a key."""
+        """Fed with what was in the file when it was opened and with what is written since."""
         self.last: Line | None = None
         """The last whole record at the time when the file was opened."""
         self.begun = datetime.now(UTC)
@@ -178,6 +178,10 @@ class ChainFile:
                 return
 
     def _feed_hmac(self) -> None:
+        """Take what is in the file as it is: what was changed while no server ran is not known.
+
+        The state of an HMAC cannot be kept from one run to the next. docs/audit.md says what tells.
+        """
         if self._hmac_key is None:
             return
         self.mac = new_hmac(self._hmac_key)
