@@ -215,6 +215,26 @@ def test_the_log_of_a_configuration_with_all_workers(run: Run, site: Site) -> No
     assert "must be 32 bytes" in outcome.err
 
 
+def test_a_key_that_came_later(run: Run, site: Site) -> None:
+    path = site.directory / "audit.jsonl"
+    write(path, range(1, 501), AuditOptions(max_bytes=50_000))
+    old = len(log_files(path)) - 1
+    refused = run("audit", "verify", "--config", site.config, "--hmac-since", 1)
+    assert (refused.status, "there is no audit.hmac_key" in refused.err) == (2, True)
+    write_secret_file(site.directory / "audit.key", KEY.hex())
+    with site.config.open("a") as file:
+        file.write('[audit]\nhmac_key = "audit.key"\n')
+    write(path, range(501, 1001), AuditOptions(max_bytes=50_000, hmac_key=KEY))
+    outcome = run("audit", "verify", "--config", site.config)
+    assert outcome.status == 1
+    assert outcome.out.count(": hmac: it has no HMAC") == old
+    file = sort_files(log_files(path))["audit.jsonl"][old]
+    since = json.loads(file.read_bytes().splitlines()[0])["seq"]
+    outcome = run("audit", "verify", "--config", site.config, "--hmac-since", since)
+    assert outcome.status == 0, outcome.out
+    assert "audit.jsonl: note: HMACs cover " in outcome.out
+
+
 def write_text(path: Path, text: str) -> None:
     path.chmod(0o600)
     path.write_text(text)
@@ -285,6 +305,15 @@ def test_a_long_name_does_not_widen_the_table(run: Run, site: Site) -> None:
     assert "key_changed" in lines[2]
     whole = run("audit", "search", "--config", site.config, "--key", "long", "--json").out
     assert arn in whole
+
+
+def test_a_terminal_obeys_no_principal(run: Run, site: Site) -> None:
+    log = AuditLog(site.directory / "audit.jsonl")
+    log.append([encode({"principal": "me\x1b[2J\nyou", "key": "k"})])
+    log.close()
+    lines = run("audit", "search", "--config", site.config, "--key", "k").out.splitlines()
+    assert len(lines) == 2
+    assert "me�[2J�you" in lines[1]
 
 
 def test_search_goes_on_when_its_reader_does_not(long_log: Path) -> None:

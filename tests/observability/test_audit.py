@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from xkiproxy.observability.audit import AuditError, AuditLog, AuditOptions, encode
-from xkiproxy.observability.chain import read_line
+from xkiproxy.observability.chain import START, chain, read_line
 from xkiproxy.observability.logfiles import log_files
 from xkiproxy.observability.verify import sort_files, verify_chain
 
@@ -149,6 +149,39 @@ def test_recovered_bytes_may_not_be_changed(tmp_path: Path) -> None:
     assert "changed" in " ".join(problems(path))
 
 
+def test_a_copy_of_a_line_that_lacked_its_end_is_found_wherever_it_is(tmp_path: Path) -> None:
+    """The recovery that comes later excuses that line alone, not what was done with it before."""
+    path = tmp_path / "audit.jsonl"
+    log = AuditLog(path)
+    log.append([encode({"n": n}) for n in range(1, 6)])
+    log.close()
+    os.truncate(path, path.stat().st_size - 1)
+    log = AuditLog(path)
+    log.append([encode({"n": 6})])
+    log.close()
+    whole = path.read_bytes().splitlines(keepends=True)
+    assert problems(path) == []
+    for place in range(1, 4):
+        path.write_bytes(b"".join([*whole[:place], whole[4], *whole[place:]]))
+        assert problems(path) == [f"{path}:{place + 1}: inserted: a second record 5"]
+    path.write_bytes(b"".join([*whole[:2], whole[3], whole[2], *whole[4:]]))
+    assert problems(path) == [f"{path}:3: reordered: record 4 stands in another place than its own"]
+    path.write_bytes(b"".join([*whole[:4], whole[6], *whole[4:6]]))
+    assert problems(path) == [f"{path}:5: reordered: record 6 stands in another place than its own"]
+
+
+def test_a_line_that_is_no_record_before_a_file_without_lines(tmp_path: Path) -> None:
+    path, moved = tmp_path / "audit.jsonl", tmp_path / "audit.jsonl.1"
+    log = AuditLog(path)
+    log.append([encode({"n": 1})])
+    log.close()
+    path.rename(moved)
+    with moved.open("ab") as file:
+        file.write(b"nothing\n")
+    path.touch()
+    assert problems(moved, path) == [f"{moved}:2: changed: the line is no record"]
+
+
 def test_zeros_that_a_power_cut_leaves_are_an_unfinished_line(tmp_path: Path) -> None:
     path = tmp_path / "audit.jsonl"
     log = AuditLog(path)
@@ -275,6 +308,84 @@ def test_a_wrong_or_missing_hmac_is_found(tmp_path: Path) -> None:
     files[0].with_name(files[0].name + ".hmac").unlink()
     assert problems(*files, key=KEY) == [f"{files[0]}: hmac: {files[0].name}.hmac is missing"]
     assert problems(*files) != []
+
+
+def closed_files(path: Path, key: bytes | None, numbers: range) -> list[Path]:
+    """A log is gone on with; its files, the one in use last."""
+    log = AuditLog(path, AuditOptions(max_bytes=500, hmac_key=key))
+    for n in numbers:
+        log.append([encode({"n": n, "who": "mallory", "text": "x" * 100})])
+    log.close()
+    return sort_files(log_files(path))[path.name]
+
+
+def forge(files: list[Path]) -> None:
+    """What somebody can do who has the files and no key: a whole chain anew."""
+    link = START
+    for file in files:
+        records = []
+        for record in lines(file):
+            kept = {name: value for name, value in record.items() if name not in ("seq", "prev")}
+            changed = {"hmac": False} if "hmac" in kept else {"who": "bob"} if "who" in kept else {}
+            records.append(encode({**kept, **changed}))
+        text, link = chain(records, link)
+        file.chmod(0o600)
+        file.write_bytes(text)
+        file.with_name(f"{file.name}.hmac").unlink(missing_ok=True)
+
+
+def test_hmacs_that_were_taken_away_are_missed(tmp_path: Path) -> None:
+    """Whatever the forged chain says of them, and whatever the files are called then."""
+    path = tmp_path / "audit.jsonl"
+    files = closed_files(path, KEY, range(12))
+    forge(files)
+    assert problems(*files) == []
+    *closed, _ = files
+    assert problems(*files, key=KEY) == [
+        f"{file}: hmac: it has no HMAC, though there is a key" for file in closed
+    ]
+    moved = [path.with_name(f"audit.jsonl.{n}") for n in range(len(closed))]
+    for file, name in zip(closed, moved, strict=True):
+        file.rename(name)
+    found = problems(*log_files(path), key=KEY)
+    assert [text.split(": ")[1] for text in found] == ["hmac"] * len(closed)
+
+
+@pytest.mark.parametrize("runs", [True, False])
+def test_an_hmac_is_of_what_was_there_at_the_start_and_was_written_since(
+    tmp_path: Path, runs: bool
+) -> None:
+    """A forged chain in the file in use shows if the server runs, and not if it starts on it."""
+    path = tmp_path / "audit.jsonl"
+    options = AuditOptions(hmac_key=KEY)
+    log = AuditLog(path, options)
+    log.append([encode({"n": 1, "who": "mallory"})])
+    if not runs:
+        log.close()
+    forge([path])
+    if not runs:
+        log = AuditLog(path, options)
+    log._rotate()
+    log.close()
+    kinds = {text.split(": ")[1] for text in problems(*log_files(path), key=KEY)}
+    assert kinds == ({"changed", "hmac"} if runs else set())
+
+
+def test_files_that_are_older_than_the_key_have_no_hmac(tmp_path: Path) -> None:
+    path = tmp_path / "audit.jsonl"
+    old = closed_files(path, None, range(8))[:-1]
+    files = closed_files(path, KEY, range(8, 16))
+    first = lines(files[len(old)])[0]["seq"]
+    report = verify_chain(path.name, files, KEY, hmac_since=first)
+    assert report.problems == []
+    covered = sum(len(lines(file)) for file in files[len(old) : -1])
+    assert report.notes == [f"HMACs cover {covered} of {report.records} records"]
+    report = verify_chain(path.name, files, KEY, hmac_since=first - 1)
+    assert [(problem.place.file, problem.kind) for problem in report.problems] == [
+        (old[-1], "hmac")
+    ]
+    files[len(old)].with_name(f"{files[len(old)].name}.hmac").unlink()
+    assert verify_chain(path.name, files, KEY, hmac_since=first).problem_count == 1
 
 
 def test_rotation_by_age(tmp_path: Path) -> None:

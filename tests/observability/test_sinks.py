@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import ssl
@@ -26,6 +27,7 @@ from xkiproxy.config.models import (
 )
 from xkiproxy.config.secrets import SecretSource
 from xkiproxy.observability.audit import AuditError, AuditLog, AuditOptions, Sink, encode
+from xkiproxy.observability.fanout import Fanout
 from xkiproxy.observability.logfiles import log_files
 from xkiproxy.observability.verify import ChainReport, sort_files, verify_chain
 from xkiproxy.server.sinks import open_audit
@@ -531,6 +533,208 @@ async def test_two_servers_and_one_of_them_fails(tmp_path: Path, server: SyslogS
         report = verified(stored(each, tmp_path), name)
         assert (report.problems, report.records) == ([], 17)
     await second.stop()
+
+
+# ---- what the file has not when a run ends -----------------------------------------------------
+
+
+class Disk:
+    """Is full, or fails, as far as the audit log is concerned."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.is_full = self.is_dead = False
+        self._write, self._pwrite = os.write, os.pwrite
+        monkeypatch.setattr(os, "write", self.write)
+        monkeypatch.setattr(os, "pwrite", self.pwrite)
+
+    def write(self, descriptor: int, data: bytes) -> int:
+        if self.is_full or self.is_dead:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return self._write(descriptor, data)
+
+    def pwrite(self, descriptor: int, data: bytes, offset: int) -> int:
+        """What has its place may be written over on a full one."""
+        if self.is_dead:
+            raise OSError(errno.EIO, "Input/output error")
+        return self._pwrite(descriptor, data, offset)
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
+    return Disk(monkeypatch)
+
+
+def kill(audit: Sink) -> None:
+    """As a signal does it: nothing more is said."""
+    assert type(audit) is Fanout
+    audit._log._file.close()
+    audit._log._run.close(is_in_order=False)
+    for outlet in audit._outlets:
+        outlet.close()
+
+
+def events(file: Path) -> list[tuple[int, str]]:
+    """What the log says of itself, by number."""
+    records = map(json.loads, file.read_bytes().splitlines())
+    return [(record["seq"], record["event"]) for record in records if "event" in record]
+
+
+async def test_what_the_file_missed_is_named_at_the_end_too(
+    tmp_path: Path, server: SyslogServer, disk: Disk
+) -> None:
+    """There is room again, and the server is stopped before it has looked."""
+    audit = await opened(tmp_path, syslog(server.port), required="any")
+    audit.append(group(0))
+    disk.is_full = True
+    audit.append(group(1))
+    disk.is_full = False
+    audit.close()
+    path = tmp_path / "audit.jsonl"
+    await has_all(server, tmp_path)
+    assert events(path) == [(17, "audit_resumed")]
+    audit = await opened(tmp_path, syslog(server.port), required="any")
+    audit.append(group(2))
+    await has_all(server, tmp_path)
+    audit.close()
+    (note,) = verified(path).notes
+    assert "records 9 to 16 are missing" in note
+    report = verified(stored(server, tmp_path), "syslog")
+    assert (report.problems, report.notes, report.records) == ([], [], 25)
+    assert list(tmp_path.glob("*.run")) == []
+
+
+@pytest.mark.parametrize("is_killed", [False, True])
+@pytest.mark.parametrize("is_full_at_the_start", [False, True])
+async def test_a_run_that_ends_without_its_file_is_gone_on_with(
+    tmp_path: Path,
+    server: SyslogServer,
+    disk: Disk,
+    is_killed: bool,
+    is_full_at_the_start: bool,
+) -> None:
+    path = tmp_path / "audit.jsonl"
+    audit = await opened(tmp_path, syslog(server.port), required="any")
+    audit.append(group(0))
+    disk.is_full = True
+    audit.append(group(1))
+    audit.append(group(2))
+    kill(audit) if is_killed else audit.close()
+    disk.is_full = is_full_at_the_start
+    audit = await opened(tmp_path, syslog(server.port), required="any")
+    audit.append(group(3))
+    disk.is_full = False
+    await until_well(audit)
+    audit.append(group(4))
+    await has_all(server, tmp_path)
+    audit.close()
+    file = stored(server, tmp_path)
+    report = verified(file, "syslog")
+    assert (report.problems, report.notes) == ([], [])
+    found = verified(path)
+    assert (found.problems, found.last) == ([], report.last)
+    if is_full_at_the_start:
+        assert events(file) == [(25, "audit_restarted"), (34, "audit_resumed")]
+        assert "records 9 to 33 are missing" in found.notes[0]
+    else:
+        assert events(path) == [(25, "audit_restarted")]
+        assert "records 9 to 24 are missing" in found.notes[0]
+        assert "the run before record 25 was not ended in order" in found.notes[1]
+
+
+async def test_numbers_that_are_given_twice_are_named(
+    tmp_path: Path, server: SyslogServer, disk: Disk
+) -> None:
+    """The disk had failed altogether: nobody could note how far the others had come."""
+    path = tmp_path / "audit.jsonl"
+    audit = await opened(tmp_path, syslog(server.port), required="any")
+    audit.append(group(0))
+    disk.is_dead = True
+    audit.append(group(1))
+    audit.append(group(2))
+    kill(audit)
+    disk.is_dead = False
+    audit = await opened(tmp_path, syslog(server.port), required="any")
+    for n in range(4):
+        audit.append(group(n))
+    await has_all(server, tmp_path)
+    audit.close()
+    assert events(path) == [(9, "audit_restarted")]
+    found = verified(path)
+    assert found.problems == []
+    (note,) = found.notes
+    assert "the run before record 9 was not ended in order" in note
+    file = stored(server, tmp_path)
+    report = verified(file, "syslog")
+    assert (report.problems, report.last, report.records) == ([], found.last, 24 + 33)
+    (note,) = report.notes
+    assert note.startswith(f"{file}:25: records 9 to 24 before this line are of a run that was")
+
+    # Both branches are chains that are looked at like any other.
+    lines = file.read_bytes().splitlines(keepends=True)
+    for place in range(len(lines) - 1):
+        file.write_bytes(b"".join([*lines[:place], *lines[place + 1 :]]))
+        kinds = {problem.kind for problem in verified(file, "syslog").problems}
+        if place not in (0, 23):  # what begins and what ends a branch proves nothing
+            assert "removed" in kinds or "inserted" in kinds, place
+    changed = bytearray(lines[24])
+    changed[lines[24].index(b'"prev":"') + 8] ^= 1
+    file.write_bytes(b"".join([*lines[:24], changed, *lines[25:]]))
+    assert verified(file, "syslog").problems
+    assert verified(file).problems
+
+
+@pytest.mark.parametrize("torn", [0, 100])
+@pytest.mark.parametrize("required", ["all", "any"])
+async def test_after_a_power_cut_the_sinks_have_more(
+    tmp_path: Path, server: SyslogServer, required: str, torn: int
+) -> None:
+    """The last records, or a part of them, had not come to the disk."""
+    path = tmp_path / "audit.jsonl"
+    audit = await opened(tmp_path, syslog(server.port), required=required)
+    audit.append(group(0))
+    size = path.stat().st_size
+    audit.append(group(1))
+    await has_all(server, tmp_path)
+    kill(audit)
+    os.truncate(path, size + torn)
+    audit = await opened(tmp_path, syslog(server.port), required=required)
+    await until_well(audit)
+    audit.append(group(2))
+    await has_all(server, tmp_path)
+    audit.close()
+    assert [event for _, event in events(stored(server, tmp_path))] == [
+        *["audit_recovered"] * bool(torn), "audit_restarted",
+    ]  # fmt: skip
+    assert verified(path).problems == []
+    report = verified(stored(server, tmp_path), "syslog")
+    assert (report.problems, len(report.notes)) == ([], 1)
+    assert "records 9 to 16 before this line are of a run" in report.notes[0]
+
+
+async def test_a_run_that_was_not_ended_is_told_of_without_sinks_too(
+    tmp_path: Path, server: SyslogServer
+) -> None:
+    path = tmp_path / "audit.jsonl"
+    audit = await opened(tmp_path, syslog(server.port))
+    audit.append(group(0))
+    kill(audit)
+    for _ in range(2):
+        (await opened(tmp_path)).close()
+    assert events(path) == [(9, "audit_restarted")]
+
+
+async def test_a_log_that_begins_without_its_file(
+    tmp_path: Path, server: SyslogServer, disk: Disk
+) -> None:
+    audit = await opened(tmp_path, syslog(server.port), required="any")
+    disk.is_full = True
+    audit.append(group(0))
+    disk.is_full = False
+    audit.close()
+    report = verified(tmp_path / "audit.jsonl")
+    assert (report.problems, report.first_seq) == ([], 9)
+    (note,) = report.notes
+    assert "begins with record 9" in note
 
 
 # ---- standard output -------------------------------------------------------------------------

@@ -125,6 +125,8 @@ def test_a_killed_server_leaves_two_chains_that_verify(tmp_path: Path) -> None:
         assert site.proxy.stop() == 0
         wait_for(site.has_all)
         assert site.verify("audit") >= 43
+        log = (site.proxy.directory / "audit.jsonl").read_text()
+        assert log.count('"event":"audit_restarted"') == 4
     finally:
         site.stop()
 

@@ -52,7 +52,8 @@ _COLUMNS = (
 @app.command(
     epilog="Examples: xkiproxy audit verify; with what was noted before: xkiproxy audit verify"
     " --expect 41234:9f86d0…; files of an archive: xkiproxy audit verify archive/audit*.jsonl; of a"
-    " syslog server: xkiproxy audit verify --sink syslog /var/log/xkiproxy/audit.jsonl"
+    " syslog server: xkiproxy audit verify --sink syslog /var/log/xkiproxy/audit.jsonl; with a key"
+    " that came when there were records already: xkiproxy audit verify --hmac-since 41235"
 )
 def verify(
     files: FilesArgument = None,
@@ -66,6 +67,12 @@ def verify(
         str,
         typer.Option(metavar="NAME", help="The audit sink that has stored the files."),
     ] = FILE,
+    hmac_since: Annotated[
+        int,
+        typer.Option(
+            metavar="SEQ", min=0, help="Files that end before this record had no key: no HMAC."
+        ),
+    ] = 0,
     config: ConfigOption = DEFAULT_CONFIG,
     json: JsonOption = False,
 ) -> None:
@@ -73,6 +80,10 @@ def verify(
 
     It prints the last record's number and hash. Note them elsewhere: that the last records are
     still there, no log can prove by itself.
+
+    Where the configuration has audit.hmac_key, every file but the one in use must have an HMAC. Of
+    files that were closed when there was no key yet, only you know: --hmac-since names the first
+    record of the first file that has one.
 
     What a syslog server or a collector of standard output has stored is verified with --sink and
     the name of that sink: records may be there twice, and those that it was not given, as the log
@@ -83,8 +94,10 @@ def verify(
     expected = set(map(_parse_expected, expect or []))
     settings = load_config(config) if not files or config.exists() else None
     key = settings and settings.audit.hmac_key and settings.audit.hmac_key.read_key()
+    if hmac_since and not key:
+        raise typer.BadParameter("there is no audit.hmac_key", param_hint="--hmac-since")
     began = time.monotonic()
-    reports = _verify(_find(files, settings), key or None, expected, sink)
+    reports = _verify(_find(files, settings), key or None, expected, sink, hmac_since)
     seconds = time.monotonic() - began
     if json:
         print_json(_document(reports, expected, seconds))
@@ -162,12 +175,16 @@ def _find(files: list[Path] | None, settings: Config | None) -> dict[str, list[P
 
 
 def _verify(
-    chains: dict[str, list[Path]], key: bytes | None, expected: set[Link], sink: str
+    chains: dict[str, list[Path]],
+    key: bytes | None,
+    expected: set[Link],
+    sink: str,
+    hmac_since: int,
 ) -> list[ChainReport]:
     progress = _Progress()
     try:
         return [
-            verify_chain(name, files, key, progress.show, expected, sink)
+            verify_chain(name, files, key, progress.show, expected, sink, hmac_since)
             for name, files in chains.items()
         ]
     except OSError as error:

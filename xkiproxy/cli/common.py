@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import orjson
 import typer
 from rich.console import Console
+from rich.text import Text
 
 ConfigOption = Annotated[
     Path,
@@ -23,9 +24,22 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for progra
 
 DEFAULT_CONFIG = Path("xkiproxy.toml")
 
+
+class _Terminal(Console):
+    """What is printed for people: names and texts in it are often a stranger's.
+
+    A principal, a label or a server's answer may hold what a terminal obeys: nothing but lines
+    leaves here.
+    """
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Every text that is printed comes by."""
+        return super().render_str(_printable(text, but="\n"), **options)
+
+
 # `acs:ram:` in a name is no picture of a ram: no emoji.
-out = Console(highlight=False, soft_wrap=True, emoji=False)
-err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+out = _Terminal(highlight=False, soft_wrap=True, emoji=False)
+err = _Terminal(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 
 class CommandError(Exception):
@@ -39,7 +53,7 @@ def print_json(value: Any) -> None:
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Print rows under their column names, for people; nothing is ever cut off."""
-    lines = [[str(cell) for cell in row] for row in (columns, *rows)]
+    lines = [[_printable(str(cell)) for cell in row] for row in (columns, *rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for number, line in enumerate(lines):
         cells = (f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True))
@@ -50,4 +64,11 @@ def print_fields(fields: Mapping[str, object]) -> None:
     """Print a name and a value a line, aligned."""
     width = max((len(name) for name in fields), default=0)
     for name, value in fields.items():
-        out.print(f"{name:<{width}}  {value}", markup=False)
+        out.print(f"{name:<{width}}  {_printable(str(value))}", markup=False)
+
+
+def _printable(text: str, but: str = "") -> str:
+    """The text, with a sign of the same width for each character that is none to be seen."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in but else "\N{REPLACEMENT CHARACTER}" for c in text)

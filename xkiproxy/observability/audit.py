@@ -18,9 +18,21 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from xkiproxy.observability.chain import CLOSED, FILE, RESUMED, ChainError, Link, chain, encode
+from xkiproxy.observability.chain import (
+    CLOSED,
+    FILE,
+    RESTARTED,
+    RESUMED,
+    START,
+    ChainError,
+    Link,
+    chain,
+    encode,
+    encode_event,
+)
 from xkiproxy.observability.chainfile import ChainFile, Mirror
 from xkiproxy.observability.logfiles import READ_ONLY, closed_name, closed_seq, write_hmac
+from xkiproxy.observability.runfile import RunFile, run_file
 
 __all__ = ["AuditError", "AuditLog", "AuditOptions", "Sink", "SinkState", "encode"]
 
@@ -92,13 +104,16 @@ class AuditLog:
         self._limit = self._options.max_bytes or sys.maxsize
         self._closing: str | None = None
         """The name that the file is to have: it has its last record, the rest is to be done."""
+        self._run: RunFile | None = None
+        """There where others have the records too."""
         self.available = True
         self.error = ""
         self._file = self._open(None, "", None)
         try:
             self._take_up_rotation()
+            self._begin_run()
         except AuditError:
-            self.close()
+            self._file.close()
             raise
 
     def append(self, records: Sequence[bytes]) -> None:
@@ -149,10 +164,17 @@ class AuditLog:
     def go_on(self, link: Link) -> None:
         """While the log is broken: others have taken the chain so far. It says so when it can."""
         self._file.ahead = link
+        if self._run is not None:
+            self._run.note(link)
 
     def close(self) -> None:
         """Close the file; its chain goes on at the next start."""
-        self._file.close()
+        if not self.available:
+            with suppress(AuditError):  # once more: what broke it may be mended since the last try
+                self.check()
+        if self._run is not None:
+            self._run.close(is_in_order=self._file.ahead is None)
+        self._file.close()  # last: the next run may begin
 
     def _write(self, event: str, **fields: Any) -> None:
         """A record of the log's own: it may pass the size, since it says why."""
@@ -160,6 +182,33 @@ class AuditLog:
             self._file.append_event(event, **fields)
         except OSError as error:
             raise self._broken(f"{self._path}: {error.strerror}") from None
+        if self._run is not None:
+            self._run.note(START)  # the file has come as far as the chain
+
+    def _begin_run(self) -> None:
+        """Say that the last run was not ended in order; leave what tells of this one."""
+        left = run_file(self._path)
+        try:
+            was_left = left.exists()
+            if self._mirror is not None:
+                self._run = RunFile(self._path)
+            if was_left:
+                self._say_restarted()
+            if self._mirror is None:
+                left.unlink(missing_ok=True)
+        except OSError as error:
+            raise AuditError(f"{left}: {error.strerror}") from None
+
+    def _say_restarted(self) -> None:
+        """Before any record that may have a number for the second time, wherever that goes."""
+        try:
+            self._write(RESTARTED)
+        except AuditError:
+            if self._mirror is None:
+                raise
+            lines, link = chain([encode_event(RESTARTED)], self.link)
+            self._mirror(lines, link)
+            self.go_on(link)
 
     def _broken(self, text: str) -> AuditError:
         self.available = False

@@ -23,6 +23,7 @@ RECOVERED = "audit_recovered"
 OPENED = "audit_opened"
 CLOSED = "audit_closed"
 RESUMED = "audit_resumed"
+RESTARTED = "audit_restarted"
 SINK_RESUMED = "audit_sink_resumed"
 
 FILE = "file"

@@ -28,6 +28,7 @@ from xkiproxy.observability.chain import (
     read_line,
 )
 from xkiproxy.observability.logfiles import find_previous, new_hmac
+from xkiproxy.observability.runfile import read_run
 
 _BLOCK = 1 << 20
 _FIRST_LINE = 1 << 16
@@ -62,7 +63,7 @@ class ChainFile:
         self.size = 0
         self.link = START
         self.mac: HMAC | None = None
-        """Fed with all that is in the file, where there is a key."""
+        """Fed with what was in the file when it was opened and with what is written since."""
         self.last: Line | None = None
         """The last whole record at the time when the file was opened."""
         self.begun = datetime.now(UTC)
@@ -72,6 +73,8 @@ class ChainFile:
         self._is_torn = False
         self.descriptor = _open_locked(path)
         try:
+            if known is None:
+                self.ahead = read_run(path)
             self.settle(known, previous)
             if fsync:
                 _sync_folder(path.parent)  # its name too outlives a power cut
@@ -97,6 +100,8 @@ class ChainFile:
         elif known is None:
             known, previous = find_previous(self.path)
         self.last, self.link = end.last, known
+        if self.ahead is not None and self.ahead.seq <= known.seq:
+            self.ahead = None  # the file has come further
         self.size = os.fstat(self.descriptor).st_size
         self._read_beginning()
         self._feed_hmac()
@@ -173,6 +178,10 @@ class ChainFile:
                 return
 
     def _feed_hmac(self) -> None:
+        """Take what is in the file as it is: what was changed while no server ran is not known.
+
+        The state of an HMAC cannot be kept from one run to the next. docs/audit.md says what tells.
+        """
         if self._hmac_key is None:
             return
         self.mac = new_hmac(self._hmac_key)

@@ -45,8 +45,8 @@ class Fanout:
             if self._are_all_broken():
                 raise
             lines, link = chain(records, self._log.link)
-            self._log.go_on(link)
             self._mirror(lines, link)
+            self._log.go_on(link)
             if self._are_all_broken():
                 raise
 
@@ -67,10 +67,10 @@ class Fanout:
         return [*self._log.states(), *(outlet.state for outlet in self._outlets)]
 
     def close(self) -> None:
-        """See `Sink`."""
+        """See `Sink`: the file first, what it still says is for the others too."""
+        self._log.close()
         for outlet in self._outlets:
             outlet.close()
-        self._log.close()
 
     def _mirror(self, lines: bytes, link: Link) -> None:
         """Give lines to the outlets; what comes of it their states tell."""

@@ -4,8 +4,9 @@ Where a line does not follow from the one before it, the lines around say why: a
 successor has another hash for it was changed; a number that comes twice was inserted; one that
 comes early and is missing later was moved; one that never comes was removed.
 
-What another sink than the file has stored is verified in the same way, with two differences: the
-same record may come again (a connection that broke), and it may begin anywhere.
+What another sink than the file has stored is verified in the same way, with three differences: the
+same record may come again (a connection that broke), it may begin anywhere, and it may have records
+that the file lost with the run that wrote them: the next run begins where the file ends.
 """
 
 from __future__ import annotations
@@ -21,7 +22,17 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from xkiproxy.observability.chain import CLOSED, FILE, RECOVERED, START, Line, Link, read_line
+from xkiproxy.observability.chain import (
+    CLOSED,
+    FILE,
+    OPENED,
+    RECOVERED,
+    RESTARTED,
+    START,
+    Line,
+    Link,
+    read_line,
+)
 from xkiproxy.observability.logfiles import (
     closed_seq,
     hmac_file,
@@ -37,6 +48,14 @@ _LOOK_BACK = 64
 
 _COPIES = 1 << 18
 """Records back from which one may be sent again: more than the largest buffer of a sink holds."""
+
+_MAX_TWINS = 7
+"""Of so many records with the same number copies are known."""
+
+_BEGINNINGS = {OPENED, RECOVERED, RESTARTED}
+"""The first record of a run is one of these, where the one before was not ended in order."""
+
+_LISTED = 10
 
 _WAIT_SECONDS = 0.1
 _REPORT_LINES = 1 << 16
@@ -110,6 +129,17 @@ class _Amendment(NamedTuple):
     problem: Problem
 
 
+class _Before(NamedTuple):
+    """A line, and what was known before it: if it is forgiven, it has told nothing."""
+
+    raw: bytes
+    state: _State
+    early: _Early | None
+    amendment: _Amendment | None
+    problems: int
+    records: int
+
+
 @dataclass(slots=True)
 class ChainReport:
     """What was found in the files of one chain."""
@@ -145,20 +175,25 @@ class ChainReport:
 class ChainVerifier:
     """Takes the lines of a chain's files one after the other."""
 
-    def __init__(self, report: ChainReport, sink: str = FILE) -> None:
-        """`sink`: whose records they are."""
+    def __init__(self, report: ChainReport, sink: str, copies: _Copies) -> None:
+        """`sink`: whose records they are; `copies`: what came before, of all but the file."""
         self.report = report
         self._sink = sink
+        self._copies = copies
+        self._restarts: list[int] = []
+        """Records with which a run began after one that was not ended in order."""
         self._told: list[tuple[int, int]] = []
         """Records that the sink was not given, as the chain says."""
         self._state = _State()
         self._early: _Early | None = None
         self._moved: dict[int, tuple[str, Place]] = {}
         """Records that stood before their turn, by number: their hashes and places."""
+        self._met: tuple[int, tuple[str, Place]] | None = None
+        """The one of these that the last line has settled."""
         self._gaps: list[_Gap] = []
         self._late = ""
         self._amendment: _Amendment | None = None
-        self._history: deque[tuple[bytes, _State, int, int]] = deque(maxlen=_LOOK_BACK)
+        self._history: deque[_Before] = deque(maxlen=_LOOK_BACK)
 
     def begin_file(self) -> None:
         """What follows is in another file."""
@@ -170,7 +205,9 @@ class ChainVerifier:
         if line is not None and line.event == RECOVERED and self._sink == FILE:
             self._forgive(line, place)
         report, state = self.report, self._state
-        self._history.append((raw, state, len(report.problems), report.records))
+        before = state, self._early, self._amendment, len(report.problems), report.records
+        self._history.append(_Before(raw, *before))
+        self._met = None
         if line is None:
             self._state = state._replace(broken=(*state.broken[:_LOOK_BACK], place))
             return None
@@ -178,6 +215,8 @@ class ChainVerifier:
         told = line.missing(self._sink)
         if told is not None:
             self._told.append(told)
+        if line.event == RESTARTED:
+            self._restarts.append(line.seq)
         if self._early is None and not state.broken and state.is_followed_by(line):
             self._go_on(line, place)
         else:
@@ -186,7 +225,8 @@ class ChainVerifier:
 
     def end_file(self) -> None:
         """The file is over: an unfinished line stays one."""
-        if self._state.broken and not self._history[-1][0].endswith(b"\n"):
+        # A file without lines leaves what the one before it ended in as it is.
+        if self._state.broken and self._history and not self._history[-1].raw.endswith(b"\n"):
             *broken, place = self._state.broken
             self._state = self._state._replace(broken=tuple(broken))
             text = "the last line has no end: it is being written, or the server was killed"
@@ -194,6 +234,12 @@ class ChainVerifier:
 
     def end(self) -> None:
         """All files are over."""
+        self.report.last = self._end_branch()
+        if self._restarts and self._sink == FILE:
+            self.report.notes.append(_restarted(self._restarts))
+
+    def _end_branch(self) -> Link:
+        """Nothing more comes that hangs on these records; the last one."""
         for place in self._state.broken:
             self.report.add(place, "changed", "the line is no record")
         self._settle_early()
@@ -207,7 +253,7 @@ class ChainVerifier:
         for gap in self._gaps:
             if gap.late <= gap.last - gap.first:
                 self._add_missing(gap)
-        self.report.last = last
+        return last
 
     def _go_on(self, line: Line, place: Place, *, is_wrong: bool = False) -> None:
         if self._moved:
@@ -217,6 +263,9 @@ class ChainVerifier:
 
     def _judge(self, line: Line, place: Place, raw: bytes) -> None:
         """A record that does not simply follow."""
+        if self._is_new_run(line):
+            self._begin_run(line, place)
+            return
         early = self._early
         if early is not None:
             if early.before.is_followed_by(line):
@@ -240,18 +289,44 @@ class ChainVerifier:
         else:
             self._judge_wrong(line, place, raw, state.link)
 
+    def _is_new_run(self, line: Line) -> bool:
+        """Whether it has numbers anew, as the file had not what was given to this sink."""
+        last = self._state.link
+        return (
+            self._sink != FILE
+            and last is not None
+            and line.event in _BEGINNINGS
+            and line.seq <= last.seq
+            and self._copies.may_precede(line)
+        )
+
+    def _begin_run(self, line: Line, place: Place) -> None:
+        last = self._end_branch()
+        self._moved.clear()
+        self._gaps.clear()
+        self.report.notes.append(
+            f"{place}: {_records(line.seq, last.seq)} before this line are of a run that was ended"
+            " before the file had them: the next one gives their numbers anew"
+        )
+        self._go_on(line, place)
+
     def _begin(self, line: Line, place: Place) -> None:
         """The first record that there is."""
         self.report.first_seq = line.seq
         if line.seq == 1 and line.prev != START.hash:
             self.report.add(place, "changed", "record 1 hangs on another before it")
-        elif line.seq > 1 and "previous" not in line.fields and self._sink == FILE:
+        elif line.seq > 1 and not self._may_begin(line):
             text = f"what was before record {line.seq} is missing: it does not begin a file"
             self.report.add(place, "removed", text)
         elif line.seq > 1:
             text = f"begins with record {line.seq}: what was before it is not in these files"
             self.report.notes.append(text)
         self._go_on(line, place)
+
+    def _may_begin(self, line: Line) -> bool:
+        """Whether there may be none before it: in another file, or with other sinks alone."""
+        is_told = line.missing(FILE) == (1, line.seq - 1)
+        return self._sink != FILE or is_told or "previous" in line.fields
 
     def _judge_wrong(self, line: Line, place: Place, raw: bytes, link: Link) -> None:
         """A record whose number or hash is not the next one."""
@@ -323,7 +398,7 @@ class ChainVerifier:
         moved = self._moved.get(link.seq + 1)
         if moved is None or line.seq != link.seq + 2 or line.prev != moved[0]:
             return False
-        del self._moved[link.seq + 1]
+        self._met = link.seq + 1, self._moved.pop(link.seq + 1)
         self._add_reordered(moved[1], link.seq + 1)
         return True
 
@@ -331,6 +406,7 @@ class ChainVerifier:
         """A record that stood before its turn stands at its place too: the early one is a copy."""
         moved = self._moved.pop(line.seq, None)
         if moved is not None:
+            self._met = line.seq, moved
             self._add_second(moved[1], line.seq)
 
     def _add_reordered(self, place: Place, seq: int) -> None:
@@ -347,25 +423,48 @@ class ChainVerifier:
             self.report.add(gap.place, "removed", _missing(gap))
 
     def _forgive(self, line: Line, place: Place) -> None:
-        """Unfinished bytes that a record of their recovery tells of are no problem."""
+        """Unfinished bytes that a record of their recovery tells of are no problem.
+
+        One of them may be a record that lacked its line feed alone. All that it has told is
+        forgotten, not only what was wrong with it: the record of the recovery has its number and
+        tells the same of the lines before.
+        """
         size, region = line.fields.get("bytes"), b""
-        for raw, state, problems, records in reversed(self._history):
-            region = raw + region
+        for before in reversed(self._history):
+            region = before.raw + region
             if len(region) - 1 == size:
                 if sha256(region[:-1]).hexdigest() == line.fields.get("sha256"):
-                    self._state = state
-                    del self.report.problems[problems:]
-                    self.report.records = records
+                    self._go_back(before)
                     return
                 break
         text = "the unfinished bytes before it are not those that it tells of"
         self.report.add(place, "changed", text)
 
+    def _go_back(self, before: _Before) -> None:
+        """Only the last line may have been a record: what it met is still to be met."""
+        self._state, self._early, self._amendment = before.state, before.early, before.amendment
+        if self._met is not None:
+            self._moved[self._met[0]] = self._met[1]
+        del self.report.problems[before.problems :]
+        self.report.records = before.records
+
 
 def _missing(gap: _Gap) -> str:
-    if gap.first == gap.last:
-        return f"record {gap.first} is missing before this line"
-    return f"records {gap.first} to {gap.last} are missing before this line"
+    verb = "is" if gap.first == gap.last else "are"
+    return f"{_records(gap.first, gap.last)} {verb} missing before this line"
+
+
+def _records(first: int, last: int) -> str:
+    return f"record {first}" if first == last else f"records {first} to {last}"
+
+
+def _restarted(numbers: list[int]) -> str:
+    listed = ", ".join(map(str, numbers[:_LISTED]))
+    more = f" and {len(numbers) - _LISTED} more" if len(numbers) > _LISTED else ""
+    return (
+        f"the run before record {listed}{more} was not ended in order: whether other sinks were"
+        " given records of it that the file has not, they alone show"
+    )
 
 
 def _second(seq: int) -> str:
@@ -386,21 +485,27 @@ def verify_chain(
     watch: Watcher | None = None,
     expected: set[Link] | None = None,
     sink: str = FILE,
+    hmac_since: int = 0,
 ) -> ChainReport:
     """Verify the files of one chain, in their order; raises OSError.
 
     A record of `expected` that is there is taken out of it. `sink`: what has stored the files.
+    With a key, all files but the one in use and those that end before record `hmac_since` must
+    have an HMAC: what the log says of it itself is no measure, the chain has no key.
     """
     report = ChainReport(name, files)
-    verifier = ChainVerifier(report, sink)
-    copies = None if sink == FILE else _Copies()
+    in_use = next((file for file in reversed(files) if split_name(file.name)[0] == file.name), None)
+    covered = 0
+    copies = _Copies()
+    verifier = ChainVerifier(report, sink, copies)
     read_bytes = 0
     for file in files:
         mac = None if hmac_key is None else new_hmac(hmac_key)
         verifier.begin_file()
+        before = report.records
         line: Line | None = None
         for number, raw in enumerate(read_lines(file), 1):
-            if copies is not None and copies.has(raw):
+            if sink != FILE and copies.has(raw):
                 continue
             line = verifier.take(raw, Place(file, number))
             read_bytes += len(raw)
@@ -412,9 +517,14 @@ def verify_chain(
                 watch(file, read_bytes, report.records)
         verifier.end_file()
         if sink == FILE:
-            _check_hmac(report, file, line, "" if mac is None else mac.hexdigest())
+            digest = "" if mac is None else mac.hexdigest()
+            is_needed = mac is not None and file != in_use and _last_seq(line) >= hmac_since
+            if _check_hmac(report, file, line, digest, is_needed=is_needed):
+                covered += report.records - before
     verifier.end()
-    if copies is not None and copies.count:
+    if hmac_key is not None and sink == FILE:
+        report.notes.append(f"HMACs cover {covered} of {report.records} records")
+    if copies.count:
         report.notes.append(f"{copies.count} records came again, unchanged")
     order = {file: index for index, file in enumerate(files)}
     report.problems.sort(key=lambda problem: (order[problem.place.file], problem.place.line))
@@ -426,36 +536,54 @@ class _Copies:
 
     def __init__(self) -> None:
         self.count = 0
-        self._known: dict[int, bytes] = {}
+        self._known: dict[int, tuple[bytes, ...]] = {}
+        """The hashes of the records that have a number: one, and one more for each new run."""
 
     def has(self, raw: bytes) -> bool:
         """Whether a line is a record that was there already, octet by octet; it is noted."""
         line = read_line(raw[:-1])
         if line is None:
             return False
-        digest = sha256(raw).digest()
-        if self._known.get(line.seq) == digest:
+        digest = bytes.fromhex(line.hash)
+        known = self._known.get(line.seq, ())
+        if digest in known:
             self.count += 1
             return True
-        self._known.setdefault(line.seq, digest)
+        self._known[line.seq] = (*known[-_MAX_TWINS:], digest)
         if len(self._known) > _COPIES:
             del self._known[next(iter(self._known))]
         return False
 
+    def may_precede(self, line: Line) -> bool:
+        """Whether a record hangs on one that came before, or on one that is not known any more."""
+        known = self._known.get(line.seq - 1)
+        return known is None or bytes.fromhex(line.prev) in known
 
-def _check_hmac(report: ChainReport, file: Path, last: Line | None, digest: str) -> None:
+
+def _last_seq(line: Line | None) -> int:
+    return 0 if line is None else line.seq
+
+
+def _check_hmac(
+    report: ChainReport, file: Path, last: Line | None, digest: str, *, is_needed: bool
+) -> bool:
+    """Whether a file's HMAC is there and right."""
     place = Place(file, 0)
     written = read_hmac(file)
     promised = last is not None and last.event == CLOSED and last.fields.get("hmac") is True
     if written is None:
         if promised:
             report.add(place, "hmac", f"{hmac_file(file).name} is missing")
-        elif digest and split_name(file.name)[1]:
-            report.notes.append(f"{file.name} was closed without an HMAC")
-    elif not digest:
+        elif is_needed:
+            report.add(place, "hmac", "it has no HMAC, though there is a key")
+        return False
+    if not digest:
         report.notes.append(f"{file.name}: its HMAC was not checked, for want of the key")
-    elif not hmac.compare_digest(written.encode(), digest.encode()):
+        return False
+    if not hmac.compare_digest(written.encode(), digest.encode()):
         report.add(place, "hmac", "the file is not what it was when it was closed")
+        return False
+    return True
 
 
 def read_lines(file: Path) -> Iterator[bytes]:
