@@ -35,11 +35,17 @@ def store(availability: str = "ACTIVE", **changes: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def manager(state: str = "connected", error: str = "", **changes: Any) -> dict[str, Any]:
+    return {
+        "name": "hsm", "type": "pkcs11", "state": state, "error": error,
+        "last_error": None, "lanes": ["idle", "busy"], **changes,
+    }  # fmt: skip
+
+
 def process(*stores: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    kmi = {"name": "hsm", "type": "pkcs11", "state": "connected", "error": ""}
     return {
         "version": "1.2.3", "pid": 7, "started": "2026-03-01T00:00:00+00:00", "ready": True,
-        "problems": [], "keystores": list(stores) or [store()], "kmis": [kmi],
+        "problems": [], "keystores": list(stores) or [store()], "kmis": [manager()],
         "reload": {"number": 0, "time": "", "problems": [], "changes": []},
         "audit": {"required": "all", "sinks": [{"name": "file", "up": True, "error": ""}]},
         **changes,
@@ -108,7 +114,7 @@ def test_a_server_that_is_well() -> None:
 
 def test_what_is_wrong_is_first_and_harmless() -> None:
     evil = '<img src=x onerror="alert(1)">'
-    kmi = {"name": "hsm", "type": "pkcs11", "state": "disconnected", "error": evil}
+    kmi = manager("disconnected", evil)
     sinks = [{"name": "syslog", "up": False, "error": "Connection refused"}]
     status = process(
         store("UNAVAILABLE"), ready=False, problems=[f"kmi hsm is disconnected: {evil}"],
@@ -130,7 +136,27 @@ def test_of_several_workers_the_one_that_is_worst_off_counts() -> None:
     text = shown(status)
     assert "4 workers" in text
     assert "demo degraded" in text
-    assert text.tags.count("tr") == shown(process()).tags.count("tr")
+    lanes_of_two_more = 2
+    assert text.tags.count("tr") == shown(process()).tags.count("tr") + lanes_of_two_more
+
+
+def test_every_lane_is_shown() -> None:
+    text = shown(process(kmis=[manager("degraded", "no session", lanes=["idle", "failed"])]))
+    assert "Lanes KMI lanes hsm lane 0 idle , lane 1 failed" in text
+    two = {**process(), "workers": [process(), None, process()]}
+    for worker in (1, 3):
+        assert f"hsm of worker {worker} lane 0 idle , lane 1 busy" in shown(two)
+    assert "worker 2" not in shown(two)
+
+
+def test_an_error_that_is_over_is_shown_with_its_time() -> None:
+    older, newer = (
+        manager(last_error={"error": f"error {n}", "time": f"2026-03-01T11:0{n}:00+00:00"})
+        for n in (1, 2)
+    )
+    two = {**process(), "workers": [process(kmis=[newer]), process(kmis=[older])]}
+    assert "12 2026-03-01T11:02:00+00:00: error 2" in shown(two)
+    assert "error 1" not in shown(two)
 
 
 def test_plots_have_gaps_and_the_deadline() -> None:

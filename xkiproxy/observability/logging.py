@@ -25,17 +25,17 @@ class _JsonFormatter(logging.Formatter):
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": _utf8(record.getMessage()),
+            "message": utf8(record.getMessage()),
         }
         if request_id := getattr(record, "request_id", ""):
             fields["request_id"] = request_id
         if record.exc_info:
-            fields["exception"] = _utf8(self.formatException(record.exc_info))
+            fields["exception"] = utf8(self.formatException(record.exc_info))
         return orjson.dumps(fields).decode()
 
 
-def _utf8(text: str) -> str:
-    """Names of files may hold bytes that are none."""
+def utf8(text: str) -> str:
+    """A text as it can be sent on: names of files may hold bytes that are no UTF-8."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 

@@ -85,6 +85,7 @@ def render(
         _traffic(points),
         _stores(status),
         _kmis(status, snapshot),
+        _lanes(status),
         _dates(status, snapshot, now),
         _audit(status),
         _reload(status),
@@ -168,11 +169,41 @@ def _kmis(status: Mapping[str, Any], snapshot: Snapshot) -> str:
                 escape(kmi["type"]),
                 escape(", ".join(lanes) or "none"),
                 f"{int(waiting)}",
-                escape(kmi["error"]) or '<span class="dim">none</span>',
+                escape(kmi["error"]) or _past_error(status, name),
             ]
         )
     columns = ["name", "state", "type", "lanes", "waiting", "last error"]
     return "<h2>Key managers</h2>" + _table(columns, rows)
+
+
+def _past_error(status: Mapping[str, Any], name: str) -> str:
+    """The newest of all processes, with its time: it is over."""
+    errors = [
+        kmi["last_error"]
+        for process in _processes(status)
+        for kmi in process["kmis"]
+        if kmi["name"] == name and kmi["last_error"] is not None
+    ]
+    if not errors:
+        return '<span class="dim">none</span>'
+    newest = max(errors, key=lambda error: str(error["time"]))
+    return f'<span class="dim">{escape(newest["time"])}: {escape(newest["error"])}</span>'
+
+
+def _lanes(status: Mapping[str, Any]) -> str:
+    """Each lane by the number that the log gives it; workers have lanes of their own."""
+    rows = []
+    for number, process in enumerate(status.get("workers", [status]), 1):
+        where = f" of worker {number}" if "workers" in status else ""
+        for kmi in process["kmis"] if process is not None else []:
+            lanes = [_lane(index, state) for index, state in enumerate(kmi["lanes"])]
+            rows.append([escape(kmi["name"] + where), ", ".join(lanes)])
+    return "<h2>Lanes</h2>" + _table(["KMI", "lanes"], rows)
+
+
+def _lane(index: int, state: str) -> str:
+    tone = {"failed": "bad", "starting": "warn"}.get(state, "good")
+    return f'lane {index} <span class="{tone}">{escape(state)}</span>'
 
 
 def _dates(status: Mapping[str, Any], snapshot: Snapshot, now: datetime) -> str:
