@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import shutil
 import subprocess
+import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
+from aiohttp import web
 from matplotlib import image
 from test_end_to_end import wait_for
 from test_workers import Workers
 
 from xkiproxy.observability.metrics import REQUEST_BUCKETS
-from xkiproxy.server.page import render
+from xkiproxy.server.page import POLICY, render
 from xkiproxy.server.trend import STEPS, Point, Trend, quantile
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -255,6 +260,95 @@ def test_in_a_browser(server: Workers, tmp_path: Path, runs_scripts: bool) -> No
         assert words in text, words
     assert server.cloud.access_key_id in text
     assert server.cloud.secret not in done.stdout
+
+
+class Shown:
+    """A page that stays open in Chromium, asked over its debugging protocol."""
+
+    def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
+        self._socket = socket
+        self._count = 0
+
+    async def text(self) -> str:
+        """The title and what a reader sees."""
+        self._count += 1
+        expression = "document.title + ' | ' + document.body.innerText"
+        call = {"method": "Runtime.evaluate", "params": {"expression": expression}}
+        await self._socket.send_json({"id": self._count, **call})
+        while (answer := await self._socket.receive_json()).get("id") != self._count:
+            pass
+        return str(answer["result"]["result"]["value"])
+
+    async def wait_for(self, words: str, seconds: float = 20) -> str:
+        deadline = time.monotonic() + seconds
+        while words not in (text := await self.text()):
+            assert time.monotonic() < deadline, text
+            await asyncio.sleep(0.2)
+        return text
+
+
+@asynccontextmanager
+async def opened(url: str, profile: Path) -> AsyncIterator[Shown]:
+    assert _CHROMIUM, "chromium is missing: run tests/system-packages.sh"
+    process = await asyncio.create_subprocess_exec(
+        _CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+        f"--user-data-dir={profile}", "--remote-debugging-port=0", url,
+        stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        port_file = profile / "DevToolsActivePort"
+        while not (port_file.exists() and port_file.read_text()):
+            await asyncio.sleep(0.05)
+        where = f"http://127.0.0.1:{port_file.read_text().split()[0]}/json"
+        async with aiohttp.ClientSession() as session:
+            while True:
+                tabs = await (await session.get(where)).json()
+                if pages := [tab for tab in tabs if tab["url"] == url]:
+                    break
+                await asyncio.sleep(0.05)
+            async with session.ws_connect(pages[0]["webSocketDebuggerUrl"]) as socket:
+                yield Shown(socket)
+    finally:
+        process.terminate()
+        await process.communicate()
+
+
+async def test_a_page_that_is_out_of_date_says_so(tmp_path: Path) -> None:
+    """A proxy that hangs, answers with an error or with something else, and is well again."""
+    answers: dict[str, Callable[[], web.Response]] = {
+        "well": lambda: web.Response(
+            text=render(process(), SNAPSHOT, [], NOW), content_type="text/html",
+            headers={"Content-Security-Policy": POLICY},
+        ),
+        "error": lambda: web.Response(status=500, text="500 Internal Server Error"),
+        "other": lambda: web.Response(text="<h1>It works!</h1>", content_type="text/html"),
+    }  # fmt: skip
+    state = "well"
+
+    async def answer(_: web.Request) -> web.Response:
+        if state == "hangs":
+            await asyncio.sleep(3600)
+        return answers[state]()
+
+    app = web.Application()
+    app.router.add_get("/", answer)
+    runner = web.AppRunner(app, handler_cancellation=True)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        url = f"http://127.0.0.1:{runner.addresses[0][1]}/"
+        async with opened(url, tmp_path / "profile") as page:
+            await page.wait_for("xkiproxy is ready")
+            for failing in ("hangs", "error", "other"):
+                state = failing
+                text = await page.wait_for("xkiproxy does not answer")
+                assert text.startswith("xkiproxy: no answer | ")
+                assert "No answer since 2026-03-01 12:00:00 UTC" in text
+                assert "demo" in text  # what was known is still there
+                state = "well"
+                assert "No answer" not in await page.wait_for("xkiproxy is ready")
+    finally:
+        await runner.cleanup()
 
 
 def test_both_themes_are_painted(server: Workers, tmp_path: Path) -> None:
