@@ -181,6 +181,13 @@ def test_plaintext_is_for_loopback_only(tmp_path: Path, address: str, allowed: b
         assert "loopback" in problems(tmp_path, text)["server"]
 
 
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(tmp_path / "xkiproxy.toml")
+    (problem,) = caught.value.problems
+    assert "xkiproxy init, or name it with --config or XKIPROXY_CONFIG" in str(problem)
+
+
 class TestSecrets:
     def test_file(self, tmp_path: Path) -> None:
         path = tmp_path / "secret"

@@ -108,10 +108,10 @@ def init(
 
     A configuration, a self-signed certificate, a key store with a credential, and a key.
 
-    Example: xkiproxy init /etc/xkiproxy --host kms-proxy.example.com
+    Example: xkiproxy init proxy --host kms-proxy.example.com
 
-    With an HSM: xkiproxy init /etc/xkiproxy --kmi pkcs11 --module /usr/lib/softhsm/libsofthsm2.so
-    --token production --pin-file pin
+    With an HSM: xkiproxy init proxy --kmi pkcs11 --module /usr/lib/softhsm/libsofthsm2.so --token
+    production --pin-file pin
 
     For a service: xkiproxy init /var/lib/xkiproxy --config /etc/xkiproxy/xkiproxy.toml
     """
