@@ -23,6 +23,7 @@ from test_end_to_end import wait_for
 from test_workers import Workers
 
 from xkiproxy.observability.metrics import REQUEST_BUCKETS
+from xkiproxy.server import admin
 from xkiproxy.server.page import POLICY, render
 from xkiproxy.server.trend import STEPS, Point, Trend, quantile
 
@@ -215,6 +216,28 @@ def test_quantiles_are_linear_within_a_bucket(
     counts: list[float], share: float, value: float
 ) -> None:
     assert quantile([1.0, 2.0], counts, share) == pytest.approx(value)
+
+
+async def test_a_sample_that_fails_does_not_end_them(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    samples = iter([counted(1, 0, 2), ValueError("planted")] + [counted(2, 0, 2)] * 1000)
+
+    class Failing:
+        async def snapshot(self) -> dict[str, Any]:
+            sample = next(samples)
+            if isinstance(sample, ValueError):
+                raise sample
+            return sample
+
+    monkeypatch.setattr(admin, "STEP_SECONDS", 0.01)
+    trend = Trend(REQUEST_BUCKETS)
+    sampling = asyncio.create_task(admin._sample(Failing(), trend))
+    while not trend.points():
+        assert not sampling.done()
+        await asyncio.sleep(0.01)
+    sampling.cancel()
+    assert "planted" in caplog.text
 
 
 # ---- in a browser ------------------------------------------------------------------------------
