@@ -381,6 +381,14 @@ async def test_why_one_lane_is_away_outlives_the_return_of_another(start: Start)
     assert kmi.error == "no session is left"
 
 
+async def test_an_error_can_be_sent_on_whatever_file_it_names(start: Start) -> None:
+    lane = FakeLane()
+    kmi = await start(lane)
+    kmi.launcher.error = LaneError("caf\udce9.so: cannot be loaded", BreakReason.START)
+    lane.die()
+    await until(lambda: kmi.error == "caf\\udce9.so: cannot be loaded")
+
+
 async def test_that_lanes_start_one_after_the_other_is_no_warning(
     start: Start, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -50,6 +50,7 @@ from xkiproxy.kmi.base import KeyManagerError, KmiState
 from xkiproxy.kmi.dispatcher import Kmi
 from xkiproxy.kmi.registry import open_key_manager, open_kmi
 from xkiproxy.observability.audit import AuditError, AuditOptions, Sink, SinkState, encode
+from xkiproxy.observability.logging import utf8
 from xkiproxy.observability.metrics import FailoverMetrics, Metrics
 from xkiproxy.observability.series import Distribution
 from xkiproxy.observability.tracing import Tracer, TracingError, TracingOptions, open_tracer
@@ -376,7 +377,7 @@ class Runtime:
             "audit": {
                 "required": self.config.audit.required,
                 "sinks": [
-                    {"name": state.name, "up": state.is_up, "error": state.error}
+                    {"name": state.name, "up": state.is_up, "error": utf8(state.error)}
                     for state in self._sinks.values()
                 ],
             },
