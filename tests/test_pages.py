@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+from test_end_to_end import free_ports
 
 from xkiproxy.config import load_config
 
@@ -49,6 +53,37 @@ def test_a_configuration_that_is_printed_loads(block: str, tmp_path: Path) -> No
     file = tmp_path / "xkiproxy.toml"
     file.write_text("\n".join(parts), encoding="utf-8")
     assert [kmi.name for kmi in load_config(file).kmi] == [kmi["name"] for kmi in kmis]
+
+
+def test_the_use_in_the_readme_runs_as_it_is_printed(tmp_path: Path) -> None:
+    """Line by line, on other ports: the machine may have a proxy already."""
+    text = (ROOT / "README.md").read_text("utf-8")
+    block = text.partition("## Use\n\n```sh\n")[2].partition("```")[0]
+    lines = [line for line in block.splitlines() if line]
+    assert lines[0].startswith("xkiproxy init")
+    public, admin = free_ports(2)
+    ports = f"sed -i 's/0.0.0.0:8443/127.0.0.1:{public}/; s/:9464/:{admin}/' proxy/xkiproxy.toml"
+    ready = f"until curl -sf http://127.0.0.1:{admin}/readyz; do sleep 0.1; done"
+    steps = [lines[0], ports]
+    for line in lines[1:]:
+        steps += [line, ready] if line == "xkiproxy serve &" else [line]
+    assert ready in steps
+    script = "\n".join(["set -ex", "trap 'kill $!' EXIT", *steps])
+    environment = {name: os.environ[name] for name in ("HOME",)}
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=tmp_path, env={**environment, "PATH": path},
+        capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^state +PENDING_DELETION$", done.stdout, re.M)
+
+
+def test_no_page_makes_a_directory_that_the_service_cannot_write() -> None:
+    """Under the unit /etc is read-only, and the package has made /etc/xkiproxy/credentials."""
+    pages = [ROOT / "README.md", *DOCS.rglob("*.md")]
+    assert [page.name for page in pages if "init /etc/" in page.read_text("utf-8")] == []
+    assert "/etc/xkiproxy/tls" not in (DOCS / "deploy-public-endpoint.md").read_text("utf-8")
 
 
 def test_what_the_security_model_names_is_there() -> None:

@@ -62,7 +62,7 @@ def dashboard() -> Dashboard:
                     "Lanes replaced, by reason",
                     "exit: its process or connection ended. timeout: it stopped answering. "
                     "device: the device said that it cannot go on. start: it could not be "
-                    "started. Good: none.",
+                    "started. login: its login was refused, and is not tried again. Good: none.",
                     {
                         "{{kmi}} {{reason}}": growth(
                             "xkiproxy_kmi_lane_restarts_total",

@@ -9,7 +9,7 @@ import socket
 import ssl
 import stat
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -259,6 +259,15 @@ def test_the_configuration_may_have_another_name(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "e", "f"]
 
 
+@pytest.fixture
+def careful_umask() -> Iterator[None]:
+    """That of an administrator who lets nobody read what root makes."""
+    before = os.umask(0o077)
+    yield
+    os.umask(before)
+
+
+@pytest.mark.usefixtures("careful_umask")
 @pytest.mark.parametrize("there", [False, True], ids=["new", "empty"])
 def test_the_configuration_may_have_another_place(run: Run, tmp_path: Path, there: bool) -> None:
     etc, state = tmp_path / "etc", tmp_path / "var" / "state"
@@ -269,6 +278,7 @@ def test_the_configuration_may_have_another_place(run: Run, tmp_path: Path, ther
     assert made.status == 0, made.err
     assert str(etc / "proxy.toml") in made.out
     assert files(tmp_path / "etc") == ["proxy.toml"]
+    assert mode(etc / "proxy.toml") == 0o644
     assert files(state) == sorted(FILES.keys() - {"xkiproxy.toml"})
     assert mode(state) == 0o700
     config = load_config(etc / "proxy.toml")
@@ -278,6 +288,7 @@ def test_the_configuration_may_have_another_place(run: Run, tmp_path: Path, ther
     assert run("check", "--config", etc / "proxy.toml").status == 0
 
 
+@pytest.mark.usefixtures("careful_umask")
 def test_another_place_on_another_file_system(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -294,6 +305,7 @@ def test_another_place_on_another_file_system(
     monkeypatch.setattr(os, "link", refused)
     assert run("init", tmp_path / "a", "--config", tmp_path / "etc" / "a.toml").status == 0
     assert load_config(tmp_path / "etc" / "a.toml").path.name == "a.toml"
+    assert mode(tmp_path / "etc" / "a.toml") == 0o644
     with pytest.raises(FileExistsError):
         init_module._move(tmp_path / "a" / "master.key", tmp_path / "etc" / "a.toml")
     assert load_config(tmp_path / "etc" / "a.toml").path.name == "a.toml"

@@ -263,6 +263,59 @@ def test_several_kmis(keys: Keys, folder: Path) -> None:
     assert "local, second" in refused.err
 
 
+def without_secret_file(folder: Path) -> str:
+    (folder / "master.key").unlink()
+    return "master.key"
+
+
+def without_credentials_directory(folder: Path) -> str:
+    file = folder / "xkiproxy.toml"
+    keyring = 'keyring = "keyring.db"\n'
+    secret = 'master_key = { credential = "master-key" }\n'
+    file.write_text(file.read_text().replace(keyring, keyring + secret))
+    return "$CREDENTIALS_DIRECTORY"
+
+
+def without_keyring(folder: Path) -> str:
+    (folder / "keyring.db").rename(folder / "away.db")
+    return "keyring.db"
+
+
+@pytest.mark.parametrize(
+    "take_away", [without_secret_file, without_credentials_directory, without_keyring]
+)
+def test_what_changes_the_catalog_alone_needs_no_kmi(
+    take_away: Callable[[Path], str],
+    keys: Keys,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("CREDENTIALS_DIRECTORY", raising=False)
+    keys("create", "k")
+    reason = take_away(folder)
+    for args, state in (
+        (["disable"], "DISABLED"),
+        (["enable"], "ENABLED"),
+        (["label", "a=b"], "ENABLED"),
+        (["delete", "--days=7"], "PENDING_DELETION"),
+        (["delete", "--cancel"], "DISABLED"),
+    ):
+        command, *others = args
+        done = keys(command, "k", *others, "--json")
+        assert (done.status, done.value["state"]) == (0, state)
+        assert (done.value["spec"], done.value["version"]) == (None, None)
+        assert "spec and version are not known" in done.value["problem"]
+        assert done.err.startswith("warning: key k: ")
+        assert reason in done.err
+    text = keys("disable", "k")
+    assert text.status == 0
+    assert "spec " not in text.out.replace("spec and", "")
+    for args in (["enable", "other"], ["disable", "other"], ["rotate", "k"], ["list"]):
+        refused = keys(*args)
+        assert (refused.status, refused.out) == (1, "")
+        assert reason in refused.err
+
+
 def test_failures_name_the_file_and_no_secret(keys: Keys, folder: Path) -> None:
     secret = (folder / "master.key").read_text()
     wrong = new_master_key()

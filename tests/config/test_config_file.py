@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from base64 import b64encode
 from pathlib import Path
 
@@ -180,6 +181,13 @@ def test_plaintext_is_for_loopback_only(tmp_path: Path, address: str, allowed: b
         assert "loopback" in problems(tmp_path, text)["server"]
 
 
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(tmp_path / "xkiproxy.toml")
+    (problem,) = caught.value.problems
+    assert "xkiproxy init, or name it with --config or XKIPROXY_CONFIG" in str(problem)
+
+
 class TestSecrets:
     def test_file(self, tmp_path: Path) -> None:
         path = tmp_path / "secret"
@@ -224,10 +232,42 @@ class TestSecrets:
         assert source.read() == "the secret"
         assert "the secret" not in repr(source)
 
+    @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+    @pytest.mark.parametrize(
+        ("owner", "caller", "says"),
+        [
+            (65534, 0, "belongs to nobody and you are root; run this as nobody: runuser -u nobody"),
+            (
+                54321,
+                0,
+                "belongs to 54321 and you are root; run this as 54321: setpriv --reuid=54321",
+            ),
+            (65534, 54321, "run this as nobody, or if 54321 is the proxy's user: chown 54321 "),
+        ],
+    )
+    def test_file_of_somebody_else(
+        self,
+        owner: int,
+        caller: int,
+        says: str,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """Root is told to be the service's user: giving the file away would stop the service."""
+        path = tmp_path / "secret"
+        path.write_text("x")
+        path.chmod(0o600)
+        os.chown(path, owner, -1)
+        monkeypatch.setattr("os.geteuid", lambda: caller)
+        with pytest.raises(SecretError) as caught:
+            SecretSource(file=path).read()
+        assert says in str(caught.value)
+        assert ("chown" in str(caught.value)) is (caller != 0)
+
     def test_credentials_directory(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         source = SecretSource(credential="master-key")
         monkeypatch.delenv("CREDENTIALS_DIRECTORY", raising=False)
-        with pytest.raises(SecretError, match="LoadCredential"):
+        with pytest.raises(SecretError, match=r"systemd-run .*LoadCredential=master-key:FILE"):
             source.read()
         monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
         with pytest.raises(SecretError, match="No such file"):

@@ -91,6 +91,13 @@ REFUSED = {
     },
     r"the chart writes \[audit\] itself": {"configuration": '[audit]\npath = "x"\n'},
     "needs workers: 1": {"workers": 2, "configuration": '[[audit.sink]]\ntype = "stdout"\n'},
+    "needs a lane to each KMI, and KMI number 1 .* has 2; write lanes = 3": {"workers": 3},
+    "KMI number 2 .* has 4; write lanes = 5": {
+        "workers": 5,
+        "configuration": '[[kmi]]\ntype = "pkcs11"\nlanes = 8\n[[kmi]]\ntype = "kmip"\n'
+        '[[keystore]]\nname = "demo"\n',
+    },
+    "persistence/accessModes": {"persistence": {"accessModes": ["ReadOnlyMany"]}},
     "list the keys in the value keys": {"autoscaling": {"enabled": True}, "keys": []},
     "replicas.*minimum": {"replicas": 0},
     "preStopSeconds": {"preStopSeconds": 3},
@@ -103,6 +110,27 @@ REFUSED = {
 def test_what_cannot_work_is_refused(message: str) -> None:
     with pytest.raises(helm.HelmRefused, match=f"(?s){message}"):
         render({**values("pkcs11"), **REFUSED[message]})
+
+
+def test_somebody_takes_leave_of_orphans() -> None:
+    """Lanes of a worker that was killed fall to process 1, which must not be the proxy."""
+    assert pod(render(values("pkcs11")))["shareProcessNamespace"] is True
+
+
+def test_workers_may_be_as_many_as_the_lanes() -> None:
+    given = values("pkcs11")
+    lanes = given["configuration"].replace('type = "pkcs11"', 'type = "pkcs11"\nlanes = 8')
+    assert "workers = 8" in settings(render({**given, "workers": 8, "configuration": lanes}))
+    assert "workers = 2" in settings(render({**given, "workers": 2}))
+
+
+def test_volumes_are_of_one_pod_where_the_driver_knows_that() -> None:
+    for changes, modes in (
+        ({}, ["ReadWriteOncePod"]),
+        ({"persistence": {"accessModes": ["ReadWriteOnce"]}}, ["ReadWriteOnce"]),
+    ):
+        stateful = one(render(values("pkcs11", **changes)), "StatefulSet")
+        assert stateful["spec"]["volumeClaimTemplates"][0]["spec"]["accessModes"] == modes
 
 
 @pytest.mark.parametrize("file", CI, ids=lambda file: file.stem)

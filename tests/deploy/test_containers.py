@@ -217,6 +217,15 @@ def test_services_are_confined(name: str) -> None:
         assert not re.search(r"PASSWORD|SECRET|TOKEN|PIN|KEY", variable), variable
 
 
+def test_somebody_takes_leave_of_orphans() -> None:
+    """Lanes of a worker that was killed fall to process 1, which must not be the proxy."""
+    assert compose()["services"]["proxy"]["init"] is True
+    page = (ROOT / "docs" / "deploy-containers.md").read_text()
+    started = re.findall(r"docker run --detach.*", page)
+    assert started
+    assert all("--init" in line for line in started)
+
+
 def test_what_compose_mounts_is_there() -> None:
     document = compose()
     for service in document["services"].values():

@@ -15,7 +15,7 @@ from xkiproxy.keystores import lifecycle
 from xkiproxy.keystores.catalog import CatalogEntry
 from xkiproxy.keystores.lifecycle import ManagedKey
 from xkiproxy.keystores.sqlite_catalog import SqliteCatalog
-from xkiproxy.kmi.base import KeyManagerError
+from xkiproxy.kmi.base import KeyInfo, KeyManagerError
 from xkiproxy.kmi.software import Keyring, create_keyring, new_master_key
 
 DAY = 86_400
@@ -124,6 +124,25 @@ def test_unknown_keys(host: Host) -> None:
         with pytest.raises(KeyManagerError, match="keys list"):
             change("k")
     assert host.catalog.entries() == []
+
+
+def test_a_kmi_is_asked_after_the_catalog_was_changed(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A token that hangs must not hold up who stops the use of a key."""
+    host.create("k")
+    states: list[str] = []
+
+    def hang(key_id: str) -> KeyInfo | None:
+        entry = host.catalog.get("local", key_id)
+        states.append("" if entry is None else entry.state)
+        raise KeyManagerError("the module gave no answer")
+
+    monkeypatch.setattr(host.keyring, "get", hang)
+    key = host.disable("k")
+    assert (states, key.state, key.spec, key.usage) == (["DISABLED"], "DISABLED", None, Usage.BOTH)
+    assert "the module gave no answer" in key.problem
+    assert host.enable("k").state == "ENABLED"
 
 
 def test_a_key_that_the_kmi_has_lost(host: Host) -> None:

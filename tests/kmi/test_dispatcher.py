@@ -7,13 +7,14 @@ is what happens around a lane.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 import pytest
 
 from xkiproxy.crypto.operations import Fault, OperationError, Random, RandomBytes
-from xkiproxy.kmi.base import BreakReason, KmiState, LaneError, Settle
+from xkiproxy.kmi.base import BreakReason, KmiState, LaneError, LaneState, Settle
 from xkiproxy.kmi.dispatcher import InlineKmi, KmiMetrics, QueuedKmi
 from xkiproxy.observability.metrics import Metrics
 
@@ -71,9 +72,12 @@ class FakeLauncher:
         self.lanes = list(lanes)
         self.launches = 0
         self.error = LaneError("no more lanes", BreakReason.START)
+        self.hangs = False
 
     async def launch(self, index: int) -> FakeLane:
         self.launches += 1
+        while self.hangs:
+            await asyncio.sleep(0.01)
         if not self.lanes:
             raise self.error
         return self.lanes.pop(0)
@@ -162,6 +166,20 @@ async def test_batches_grow_while_the_lane_is_busy_up_to_max_batch(start: Start)
     assert [len(r.data) for r in results] == [1, *range(20)]
     assert lane.batches == [1, 8, 8, 4]
     assert sample(kmi, "xkiproxy_kmi_batch_size_sum") == 21
+
+
+async def test_what_waits_is_seen_at_any_time(start: Start) -> None:
+    lane = FakeLane()
+    kmi = await start(lane)
+    lane.open.clear()
+    running = asyncio.create_task(submit(kmi, 1))
+    await until(lambda: lane.batches == [1])
+    waiting = [asyncio.create_task(submit(kmi, 1)) for _ in range(20)]
+    await asyncio.sleep(0)
+    assert sample(kmi, "xkiproxy_kmi_queue_depth") == 20
+    lane.open.set()
+    await asyncio.gather(running, *waiting)
+    assert sample(kmi, "xkiproxy_kmi_queue_depth") == 0
 
 
 async def test_an_error_of_one_operation_stays_with_it(start: Start) -> None:
@@ -306,6 +324,80 @@ async def test_a_refused_login_is_never_tried_again(start: Start) -> None:
     assert await fault(kmi, 1) is Fault.UNAVAILABLE
 
 
+@pytest.mark.parametrize("reason", [BreakReason.START, BreakReason.LOGIN])
+async def test_a_lane_that_cannot_start_is_seen_beside_one_that_can(
+    start: Start, reason: BreakReason
+) -> None:
+    first, second = FakeLane(), FakeLane()
+    kmi = await start(first, second)
+    kmi.launcher.error = LaneError("no session is left", reason)
+    assert kmi.lanes == [LaneState.IDLE, LaneState.IDLE]
+    second.die()
+    await until(lambda: kmi.launcher.launches == 3)
+    await until(lambda: LaneState.FAILED in kmi.lanes)
+    failed, well = (kmi.lanes.index(s) for s in (LaneState.FAILED, LaneState.IDLE))
+    assert {failed, well} == {0, 1}
+    assert sample(kmi, "xkiproxy_kmi_lanes", state="failed") == 1
+    assert sample(kmi, "xkiproxy_kmi_lanes", state="starting") == 0
+    assert sample(kmi, "xkiproxy_kmi_lane_restarts_total", reason=reason.value) == 1
+    assert (kmi.state, kmi.error) == (KmiState.DEGRADED, "no session is left")
+
+
+async def test_why_a_kmi_is_away_is_said_at_once_and_kept(
+    start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    lane = FakeLane()
+    kmi = await start(lane)
+    assert (kmi.error, kmi.last_error) == ("", None)
+    kmi.launcher.hangs = True
+    lane.die()
+    await until(lambda: kmi.state is KmiState.DISCONNECTED)
+    assert kmi.error == "planted"
+    kmi.launcher.lanes.append(FakeLane())
+    kmi.launcher.hangs = False
+    await until(lambda: kmi.state is KmiState.CONNECTED)
+    assert kmi.error == ""
+    assert kmi.last_error is not None
+    assert kmi.last_error.error == "planted"
+    said = {r.getMessage(): r.levelname for r in caplog.records if " is " in r.getMessage()}
+    assert said == {
+        "KMI hsm is connected": "INFO",
+        "KMI hsm is disconnected: planted": "WARNING",
+    }
+
+
+async def test_why_one_lane_is_away_outlives_the_return_of_another(start: Start) -> None:
+    first, second = FakeLane(), FakeLane()
+    kmi = await start(first, second)
+    kmi.launcher.error = LaneError("no session is left", BreakReason.START)
+    second.die()
+    await until(lambda: kmi.error == "no session is left")
+    spare = FakeLane()
+    first.die()
+    await until(lambda: kmi.state is KmiState.DISCONNECTED)
+    kmi.launcher.lanes.append(spare)
+    await until(lambda: kmi.state is KmiState.DEGRADED)
+    assert kmi.error == "no session is left"
+
+
+async def test_an_error_can_be_sent_on_whatever_file_it_names(start: Start) -> None:
+    lane = FakeLane()
+    kmi = await start(lane)
+    kmi.launcher.error = LaneError("caf\udce9.so: cannot be loaded", BreakReason.START)
+    lane.die()
+    await until(lambda: kmi.error == "caf\\udce9.so: cannot be loaded")
+
+
+async def test_that_lanes_start_one_after_the_other_is_no_warning(
+    start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    await start(FakeLane(), FakeLane())
+    levels = {record.levelname for record in caplog.records if "KMI hsm is" in record.getMessage()}
+    assert levels == {"INFO"}
+
+
 async def test_keys_that_changed_make_a_new_epoch(start: Start) -> None:
     lane = FakeLane()
     kmi = await start(lane)
@@ -382,8 +474,14 @@ async def test_inline_kmi() -> None:
     lane.broken = True
     kmi.refresh(False)
     assert (kmi.state, kmi.error) == (KmiState.DISCONNECTED, "planted")
+    assert kmi.lanes == [LaneState.FAILED]
     await kmi.check()
     assert kmi.state is KmiState.DISCONNECTED
+    lane.broken = False
+    await kmi.check()
+    assert (kmi.state, kmi.error, kmi.lanes) == (KmiState.CONNECTED, "", [LaneState.IDLE])
+    assert kmi.last_error is not None
+    assert kmi.last_error.error == "planted"
     counted = {
         sample.labels["outcome"]: sample.value
         for family in metrics.registry.collect()

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -50,3 +54,52 @@ def test_json_is_one_object_an_event(capsys: pytest.CaptureFixture[str]) -> None
     assert second["message"] == "nothing of a request, but \\udcff of a file"
     assert "request_id" not in second
     assert "exception" not in second
+
+
+def journal_of(descriptor: int) -> str:
+    status = os.fstat(descriptor)
+    return f"{status.st_dev}:{status.st_ino}"
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_lines_for_the_journal_have_their_priority(
+    form: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JOURNAL_STREAM", journal_of(2))
+    configure_logging("debug", form)
+    for level in (logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR, logging.CRITICAL):
+        log.log(level, "a\n<0>forged")
+    log.error("it failed", exc_info=ValueError("why"))
+    lines = capfd.readouterr().err.splitlines()
+    assert [line[:3] for line in lines[:6]] == ["<7>", "<6>", "<4>", "<3>", "<2>", "<3>"]
+    assert {line[:3] for line in lines[5:]} == {"<3>"}
+    assert "why" in lines[-1]
+    if form == "json":
+        assert json.loads(lines[2][3:])["level"] == "warning"
+
+
+@pytest.mark.parametrize("named", [None, "", "1:2"])
+def test_what_is_no_journal_has_none(
+    named: str | None, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A command that a service's shell runs inherits the variable, with its output elsewhere."""
+    monkeypatch.delenv("JOURNAL_STREAM", raising=False)
+    if named is not None:
+        monkeypatch.setenv("JOURNAL_STREAM", named)
+    configure_logging("info", "text")
+    log.error("it failed")
+    assert capfd.readouterr().err.startswith("20")
+
+
+def test_a_start_that_fails_is_an_error_in_the_journal(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    with os.fdopen(reading) as pipe, os.fdopen(writing, "w") as stderr:
+        subprocess.run(
+            [sys.executable, "-m", "xkiproxy", "serve", "--config", tmp_path / "xkiproxy.toml"],
+            env={**os.environ, "JOURNAL_STREAM": journal_of(writing)},
+            stderr=stderr, check=False, timeout=60,
+        )  # fmt: skip
+        stderr.close()
+        lines = pipe.read().splitlines()
+    assert lines
+    assert {line[:3] for line in lines} == {"<3>"}

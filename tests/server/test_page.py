@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import shutil
 import subprocess
+import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
+from aiohttp import web
 from matplotlib import image
 from test_end_to_end import wait_for
 from test_workers import Workers
 
 from xkiproxy.observability.metrics import REQUEST_BUCKETS
-from xkiproxy.server.page import render
+from xkiproxy.server import admin
+from xkiproxy.server.page import POLICY, render
 from xkiproxy.server.trend import STEPS, Point, Trend, quantile
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -35,11 +41,17 @@ def store(availability: str = "ACTIVE", **changes: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def manager(state: str = "connected", error: str = "", **changes: Any) -> dict[str, Any]:
+    return {
+        "name": "hsm", "type": "pkcs11", "state": state, "error": error,
+        "last_error": None, "lanes": ["idle", "busy"], **changes,
+    }  # fmt: skip
+
+
 def process(*stores: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    kmi = {"name": "hsm", "type": "pkcs11", "state": "connected", "error": ""}
     return {
         "version": "1.2.3", "pid": 7, "started": "2026-03-01T00:00:00+00:00", "ready": True,
-        "problems": [], "keystores": list(stores) or [store()], "kmis": [kmi],
+        "problems": [], "keystores": list(stores) or [store()], "kmis": [manager()],
         "reload": {"number": 0, "time": "", "problems": [], "changes": []},
         "audit": {"required": "all", "sinks": [{"name": "file", "up": True, "error": ""}]},
         **changes,
@@ -108,7 +120,7 @@ def test_a_server_that_is_well() -> None:
 
 def test_what_is_wrong_is_first_and_harmless() -> None:
     evil = '<img src=x onerror="alert(1)">'
-    kmi = {"name": "hsm", "type": "pkcs11", "state": "disconnected", "error": evil}
+    kmi = manager("disconnected", evil)
     sinks = [{"name": "syslog", "up": False, "error": "Connection refused"}]
     status = process(
         store("UNAVAILABLE"), ready=False, problems=[f"kmi hsm is disconnected: {evil}"],
@@ -130,7 +142,27 @@ def test_of_several_workers_the_one_that_is_worst_off_counts() -> None:
     text = shown(status)
     assert "4 workers" in text
     assert "demo degraded" in text
-    assert text.tags.count("tr") == shown(process()).tags.count("tr")
+    lanes_of_two_more = 2
+    assert text.tags.count("tr") == shown(process()).tags.count("tr") + lanes_of_two_more
+
+
+def test_every_lane_is_shown() -> None:
+    text = shown(process(kmis=[manager("degraded", "no session", lanes=["idle", "failed"])]))
+    assert "Lanes KMI lanes hsm lane 0 idle , lane 1 failed" in text
+    two = {**process(), "workers": [process(), None, process()]}
+    for worker in (1, 3):
+        assert f"hsm of worker {worker} lane 0 idle , lane 1 busy" in shown(two)
+    assert "worker 2" not in shown(two)
+
+
+def test_an_error_that_is_over_is_shown_with_its_time() -> None:
+    older, newer = (
+        manager(last_error={"error": f"error {n}", "time": f"2026-03-01T11:0{n}:00+00:00"})
+        for n in (1, 2)
+    )
+    two = {**process(), "workers": [process(kmis=[newer]), process(kmis=[older])]}
+    assert "12 2026-03-01T11:02:00+00:00: error 2" in shown(two)
+    assert "error 1" not in shown(two)
 
 
 def test_plots_have_gaps_and_the_deadline() -> None:
@@ -186,6 +218,28 @@ def test_quantiles_are_linear_within_a_bucket(
     assert quantile([1.0, 2.0], counts, share) == pytest.approx(value)
 
 
+async def test_a_sample_that_fails_does_not_end_them(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    samples = iter([counted(1, 0, 2), ValueError("planted")] + [counted(2, 0, 2)] * 1000)
+
+    class Failing:
+        async def snapshot(self) -> dict[str, Any]:
+            sample = next(samples)
+            if isinstance(sample, ValueError):
+                raise sample
+            return sample
+
+    monkeypatch.setattr(admin, "STEP_SECONDS", 0.01)
+    trend = Trend(REQUEST_BUCKETS)
+    sampling = asyncio.create_task(admin._sample(Failing(), trend))
+    while not trend.points():
+        assert not sampling.done()
+        await asyncio.sleep(0.01)
+    sampling.cancel()
+    assert "planted" in caplog.text
+
+
 # ---- in a browser ------------------------------------------------------------------------------
 
 
@@ -229,6 +283,95 @@ def test_in_a_browser(server: Workers, tmp_path: Path, runs_scripts: bool) -> No
         assert words in text, words
     assert server.cloud.access_key_id in text
     assert server.cloud.secret not in done.stdout
+
+
+class Shown:
+    """A page that stays open in Chromium, asked over its debugging protocol."""
+
+    def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
+        self._socket = socket
+        self._count = 0
+
+    async def text(self) -> str:
+        """The title and what a reader sees."""
+        self._count += 1
+        expression = "document.title + ' | ' + document.body.innerText"
+        call = {"method": "Runtime.evaluate", "params": {"expression": expression}}
+        await self._socket.send_json({"id": self._count, **call})
+        while (answer := await self._socket.receive_json()).get("id") != self._count:
+            pass
+        return str(answer["result"]["result"]["value"])
+
+    async def wait_for(self, words: str, seconds: float = 20) -> str:
+        deadline = time.monotonic() + seconds
+        while words not in (text := await self.text()):
+            assert time.monotonic() < deadline, text
+            await asyncio.sleep(0.2)
+        return text
+
+
+@asynccontextmanager
+async def opened(url: str, profile: Path) -> AsyncIterator[Shown]:
+    assert _CHROMIUM, "chromium is missing: run tests/system-packages.sh"
+    process = await asyncio.create_subprocess_exec(
+        _CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+        f"--user-data-dir={profile}", "--remote-debugging-port=0", url,
+        stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        port_file = profile / "DevToolsActivePort"
+        while not (port_file.exists() and port_file.read_text()):
+            await asyncio.sleep(0.05)
+        where = f"http://127.0.0.1:{port_file.read_text().split()[0]}/json"
+        async with aiohttp.ClientSession() as session:
+            while True:
+                tabs = await (await session.get(where)).json()
+                if pages := [tab for tab in tabs if tab["url"] == url]:
+                    break
+                await asyncio.sleep(0.05)
+            async with session.ws_connect(pages[0]["webSocketDebuggerUrl"]) as socket:
+                yield Shown(socket)
+    finally:
+        process.terminate()
+        await process.communicate()
+
+
+async def test_a_page_that_is_out_of_date_says_so(tmp_path: Path) -> None:
+    """A proxy that hangs, answers with an error or with something else, and is well again."""
+    answers: dict[str, Callable[[], web.Response]] = {
+        "well": lambda: web.Response(
+            text=render(process(), SNAPSHOT, [], NOW), content_type="text/html",
+            headers={"Content-Security-Policy": POLICY},
+        ),
+        "error": lambda: web.Response(status=500, text="500 Internal Server Error"),
+        "other": lambda: web.Response(text="<h1>It works!</h1>", content_type="text/html"),
+    }  # fmt: skip
+    state = "well"
+
+    async def answer(_: web.Request) -> web.Response:
+        if state == "hangs":
+            await asyncio.sleep(3600)
+        return answers[state]()
+
+    app = web.Application()
+    app.router.add_get("/", answer)
+    runner = web.AppRunner(app, handler_cancellation=True)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        url = f"http://127.0.0.1:{runner.addresses[0][1]}/"
+        async with opened(url, tmp_path / "profile") as page:
+            await page.wait_for("xkiproxy is ready")
+            for failing in ("hangs", "error", "other"):
+                state = failing
+                text = await page.wait_for("xkiproxy does not answer")
+                assert text.startswith("xkiproxy: no answer | ")
+                assert "No answer since 2026-03-01 12:00:00 UTC" in text
+                assert "demo" in text  # what was known is still there
+                state = "well"
+                assert "No answer" not in await page.wait_for("xkiproxy is ready")
+    finally:
+        await runner.cleanup()
 
 
 def test_both_themes_are_painted(server: Workers, tmp_path: Path) -> None:

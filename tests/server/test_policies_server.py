@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -100,6 +101,23 @@ def test_policies_change_on_reload_and_a_broken_one_changes_nothing(
     assert {server.encrypt(b"x")[0] for _ in range(8)} == {403}
     assert server.records()[-1].get("policy", "nothing") == "nothing"
     assert "nothing" in {record.get("policy") for record in server.records()}
+
+
+def test_a_file_whose_name_is_no_utf_8_is_named_all_the_same(server: Guarded) -> None:
+    """Its name goes through JSON: to the audit log, to /status, between processes, to programs."""
+    odd = server.policy.with_name("caf\udce9.cedar")
+    odd.write_text("permit(principal, action, resorce);")
+    assert "caf\\udce9.cedar:1: " in server.run("reload", status=1).stderr
+    assert server.status()["reload"]["problems"][0].count("caf\\udce9.cedar:1: ") == 1
+    assert "caf\\udce9.cedar:1: " in server.admin("")[1]
+    assert {server.encrypt(b"x")[0] for _ in range(8)} == {200}
+    assert "reload_failed" in {record.get("event") for record in server.records()}
+    checked = json.loads(server.run("check", "--json", status=1).stdout)
+    assert "caf\\udce9.cedar:1: " in checked[0]["what"]
+    odd.write_text("forbid(principal, action, resource);")
+    server.run("reload")
+    assert {server.encrypt(b"x")[0] for _ in range(8)} == {403}
+    assert "caf\\udce9.cedar#1" in {record.get("policy") for record in server.records()}
 
 
 def test_labels_decide_within_a_second(server: Guarded) -> None:

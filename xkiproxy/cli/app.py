@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import Annotated
 
@@ -30,6 +31,7 @@ from xkiproxy.keystores.catalog import CatalogError
 from xkiproxy.keystores.credentials import CredentialError
 from xkiproxy.keystores.policies import PolicyError
 from xkiproxy.kmi.base import KeyManagerError
+from xkiproxy.observability.logging import for_journal
 
 app = typer.Typer(
     name="xkiproxy",
@@ -81,5 +83,6 @@ def main() -> None:
         PolicyError,
         SecretError,
     ) as error:
-        err.print(f"xkiproxy: {error}", markup=False, style="red")
+        said = for_journal(f"xkiproxy: {error}", logging.ERROR)  # a service that cannot start
+        err.print(said, markup=False, style="red")
         sys.exit(1)

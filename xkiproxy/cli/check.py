@@ -8,6 +8,7 @@ from pathlib import Path
 
 from xkiproxy.cli.common import DEFAULT_CONFIG, ConfigOption, JsonOption, out, print_json
 from xkiproxy.config import Config, ConfigError, Problem, load_config
+from xkiproxy.observability.logging import utf8
 
 
 def check(config: ConfigOption = DEFAULT_CONFIG, as_json: JsonOption = False) -> None:
@@ -20,7 +21,7 @@ def check(config: ConfigOption = DEFAULT_CONFIG, as_json: JsonOption = False) ->
     """
     problems = _problems(config)
     if as_json:
-        print_json([{"where": p.where, "what": p.what} for p in problems])
+        print_json([{"where": p.where, "what": utf8(p.what)} for p in problems])
     if problems:
         raise ConfigError(config, problems)
     if not as_json:

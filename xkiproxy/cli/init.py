@@ -108,10 +108,10 @@ def init(
 
     A configuration, a self-signed certificate, a key store with a credential, and a key.
 
-    Example: xkiproxy init /etc/xkiproxy --host kms-proxy.example.com
+    Example: xkiproxy init proxy --host kms-proxy.example.com
 
-    With an HSM: xkiproxy init /etc/xkiproxy --kmi pkcs11 --module /usr/lib/softhsm/libsofthsm2.so
-    --token production --pin-file pin
+    With an HSM: xkiproxy init proxy --kmi pkcs11 --module /usr/lib/softhsm/libsofthsm2.so --token
+    production --pin-file pin
 
     For a service: xkiproxy init /var/lib/xkiproxy --config /etc/xkiproxy/xkiproxy.toml
     """
@@ -257,6 +257,7 @@ def _copy(source: Path, place: Path) -> None:
             file.write(source.read_text(encoding="utf-8"))
             file.flush()
             os.fsync(file.fileno())
+            shutil.copymode(source, place)
         except BaseException:
             place.unlink()
             raise
@@ -302,6 +303,7 @@ def _build(staging: Path, target: Path, plan: Plan) -> None:
     _create_key(config, plan.key_id)
     if not _is_inside(plan.config, target):
         file.write_text(_config_text(plan, target.absolute()), encoding="utf-8")
+        file.chmod(0o644)  # root makes it, the service reads it; there is no secret in it
 
 
 def _create_key(config: Config, key_id: str) -> None:

@@ -24,13 +24,14 @@ from xkiproxy.cli.common import (
 )
 from xkiproxy.config import Config, load_config
 from xkiproxy.config.models import KmiSettings
+from xkiproxy.config.secrets import SecretError
 from xkiproxy.crypto.algorithms import KeySpec, Usage
 from xkiproxy.crypto.operations import CiphertextFormat
 from xkiproxy.keystores import lifecycle
 from xkiproxy.keystores.encryptions import Counts, EncryptionsError, read_encryptions
 from xkiproxy.keystores.lifecycle import ManagedKey
 from xkiproxy.keystores.sqlite_catalog import SqliteCatalog
-from xkiproxy.kmi.base import KeyManager
+from xkiproxy.kmi.base import KeyInfo, KeyManager, KeyManagerError
 from xkiproxy.kmi.registry import open_key_manager
 
 app = typer.Typer(no_args_is_help=True, help="Make, list, disable, rotate and delete keys.")
@@ -56,6 +57,49 @@ _USAGES = {
     UsageName.BOTH: Usage.BOTH,
 }
 _USAGE_NAMES = {usage: name.value for name, usage in _USAGES.items()}
+
+
+class _Manager:
+    """A KMI's key manager, opened when it is first asked; see `xkiproxy.kmi.base.KeyManager`.
+
+    What changes the catalog alone must not fail because the KMI, or its secret, is away. A failure
+    is remembered: a login that was refused is not tried again.
+    """
+
+    def __init__(self, settings: KmiSettings) -> None:
+        self._settings = settings
+        self._manager: KeyManager | None = None
+        self._failure: str | None = None
+
+    def create(self, key_id: str, spec: KeySpec) -> KeyInfo:
+        return self._opened().create(key_id, spec)
+
+    def get(self, key_id: str) -> KeyInfo | None:
+        return self._opened().get(key_id)
+
+    def list(self) -> list[KeyInfo]:
+        return self._opened().list()
+
+    def rotate(self, key_id: str) -> KeyInfo:
+        return self._opened().rotate(key_id)
+
+    def destroy(self, key_id: str) -> None:
+        self._opened().destroy(key_id)
+
+    def close(self) -> None:
+        if self._manager is not None:
+            self._manager.close()
+
+    def _opened(self) -> KeyManager:
+        if self._failure is not None:
+            raise KeyManagerError(self._failure)
+        if self._manager is None:
+            try:
+                self._manager = open_key_manager(self._settings)
+            except (KeyManagerError, SecretError) as error:
+                self._failure = str(error)
+                raise KeyManagerError(self._failure) from None
+        return self._manager
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +193,7 @@ def disable(
     config: ConfigOption = DEFAULT_CONFIG,
     json: JsonOption = False,
 ) -> None:
-    """Stop the use of a key until it is enabled again."""
+    """Stop the use of a key until it is enabled again; the KMI may be away meanwhile."""
     with _open(load_config(config), kmi) as at:
         _print(lifecycle.disable_key(at.catalog, at.manager, at.kmi, key), at, json)
 
@@ -239,7 +283,7 @@ def _labels(texts: list[str] | None) -> dict[str, str]:
 @contextmanager
 def _open(config: Config, kmi: str | None) -> Iterator[_Place]:
     settings = _find(config, kmi)
-    manager = open_key_manager(settings)
+    manager = _Manager(settings)
     try:
         catalog = SqliteCatalog(config.catalog.path)
         try:
@@ -283,6 +327,8 @@ def _refuse_raw(config: Config, kmi: str) -> None:
 
 def _print(key: ManagedKey, at: _Place, json: bool) -> None:
     fields = _fields(key, at.encryptions)
+    if key.version is None:
+        err.print(f"warning: key {key.key_id}: {key.problem}", markup=False)
     if json:
         print_json(fields)
     else:

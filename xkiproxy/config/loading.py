@@ -101,7 +101,11 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        hint = "; make one with: xkiproxy init" if isinstance(error, FileNotFoundError) else ""
+        hint = (
+            "; make one with: xkiproxy init, or name it with --config or XKIPROXY_CONFIG"
+            if isinstance(error, FileNotFoundError)
+            else ""
+        )
         raise ConfigError(path, [Problem("", f"{error.strerror}{hint}")]) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(path, [Problem("", f"not valid TOML: {error}")]) from None

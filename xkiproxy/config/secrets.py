@@ -10,6 +10,7 @@ A secret is named by a table with one of three keys, or by a plain string for th
 from __future__ import annotations
 
 import os
+import pwd
 import stat
 from base64 import b64decode
 from contextlib import suppress
@@ -81,7 +82,7 @@ class SecretSource(BaseModel):
         """The file that holds the secret, checked; raises SecretError where there is none."""
         if self.credential is not None:
             # The directory's owner (systemd, a secrets volume) answers for its access rights.
-            return _credentials_directory() / self.credential
+            return _credentials_directory(self.credential) / self.credential
         if self.file is None:
             raise SecretError(f"{self}: this secret must be a file; use file or credential")
         _check_private(self.file)
@@ -129,10 +130,14 @@ def write_secret_file(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def _credentials_directory() -> Path:
+def _credentials_directory(name: str) -> Path:
     directory = os.environ.get("CREDENTIALS_DIRECTORY")
     if not directory:
-        raise SecretError("$CREDENTIALS_DIRECTORY is not set; systemd sets it with LoadCredential=")
+        raise SecretError(
+            "$CREDENTIALS_DIRECTORY is not set; systemd sets it with LoadCredential=, for a command"
+            f" with: systemd-run --wait --pipe --uid=xkiproxy --property=LoadCredential={name}:FILE"
+            " xkiproxy ... (docs/deploy-debian.md)"
+        )
     return Path(directory)
 
 
@@ -144,7 +149,26 @@ def _check_private(path: Path) -> None:
     if not stat.S_ISREG(status.st_mode):
         raise SecretError(f"{path}: is not a regular file")
     if status.st_uid not in {0, os.geteuid()}:
-        raise SecretError(f"{path}: belongs to user {status.st_uid}; chown it to the proxy's user")
+        raise SecretError(f"{path}: {_foreign(path, status.st_uid)}")
     if status.st_mode & 0o077:
         mode = stat.S_IMODE(status.st_mode)
         raise SecretError(f"{path}: mode {mode:04o} lets others read it; run: chmod 0600 {path}")
+
+
+def _foreign(path: Path, owner: int) -> str:
+    """What to do about a file of somebody else; root mostly is the one who is wrong."""
+    me = os.geteuid()
+    theirs, mine = _user_name(owner), _user_name(me)
+    said = f"belongs to {theirs or owner} and you are {mine or me}; run this as {theirs or owner}"
+    if me != 0:
+        return f"{said}, or if {mine or me} is the proxy's user: chown {mine or me} {path}"
+    if theirs is None:  # a container's, mostly; runuser knows names alone
+        return f"{said}: setpriv --reuid={owner} --clear-groups xkiproxy ..."
+    return f"{said}: runuser -u {theirs} -- xkiproxy ..."
+
+
+def _user_name(number: int) -> str | None:
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return None

@@ -3,6 +3,9 @@
 A key lives at its KMI and has its state in the catalog. It is made at the KMI first and destroyed
 there first, so that whatever interrupts this leaves a key that is not used, never an entry that
 allows a key which is not there. Every change reads and writes the catalog under its lock.
+
+What changes the catalog alone does not need the KMI: whoever stops the use of a key must be able to
+while the HSM, or the secret for it, is away.
 """
 
 from __future__ import annotations
@@ -32,7 +35,8 @@ _log = logging.getLogger(__name__)
 class ManagedKey:
     """A key as its KMI and the catalog know it together; times are seconds since the epoch.
 
-    `spec` and `version` are None if the KMI does not have the key (`problem` says so then).
+    `spec` and `version` are None if the KMI does not have the key, or does not say (`problem` says
+    so then).
     """
 
     key_id: str
@@ -100,23 +104,38 @@ def enable_key(
 
     `usage` is for a key that is not registered; None means whatever the KMI allows.
 
+    A key that is registered is enabled while its KMI is away, too; one that the KMI has lost, or
+    that cannot be used, is not.
+
     Raises:
         KeyManagerError: no such key, it awaits deletion, or `usage` is given for a registered key.
         CatalogError: the catalog cannot be written.
     """
     with catalog.locked():
-        info, entry = manager.get(key_id), catalog.get(kmi, key_id)
-        if info is None:
-            raise _unknown(kmi, key_id)
-        if info.problem:
-            raise KeyManagerError(f"key {key_id}: {info.problem}")
+        entry = catalog.get(kmi, key_id)
         if entry is None:
-            entry = _new_entry(kmi, info, usage or info.usage)
-        elif usage is not None:
-            raise KeyManagerError(f"key {key_id}: its usage was set when it was registered")
-        _refuse_pending(entry)
+            entry = _new_entry(kmi, _usable(manager.get(key_id), kmi, key_id), usage)
+        else:
+            if usage is not None:
+                raise KeyManagerError(f"key {key_id}: its usage was set when it was registered")
+            _refuse_pending(entry)
+            try:
+                info = manager.get(key_id)
+            except KeyManagerError:
+                pass  # it is away: what it would say shows when it is back
+            else:
+                _usable(info, kmi, key_id)
         catalog.put(replace(entry, state=KeyState.ENABLED))
-    return show_key(catalog, manager, kmi, key_id)
+    return _changed(catalog, manager, kmi, key_id)
+
+
+def _usable(info: KeyInfo | None, kmi: str, key_id: str) -> KeyInfo:
+    """What a KMI said of a key; raises KeyManagerError if it has none, or it is of no use."""
+    if info is None:
+        raise _unknown(kmi, key_id)
+    if info.problem:
+        raise KeyManagerError(f"key {key_id}: {info.problem}")
+    return info
 
 
 def disable_key(catalog: Catalog, manager: KeyManager, kmi: str, key_id: str) -> ManagedKey:
@@ -125,7 +144,7 @@ def disable_key(catalog: Catalog, manager: KeyManager, kmi: str, key_id: str) ->
         entry = _entry(catalog, manager, kmi, key_id)
         _refuse_pending(entry)
         catalog.put(replace(entry, state=KeyState.DISABLED))
-    return show_key(catalog, manager, kmi, key_id)
+    return _changed(catalog, manager, kmi, key_id)
 
 
 def label_key(
@@ -144,7 +163,7 @@ def label_key(
             if wanted.pop(name, None) is None:
                 raise KeyManagerError(f"key {key_id} has no label {name}")
         catalog.put(replace(entry, labels=_sorted(wanted)))
-    return show_key(catalog, manager, kmi, key_id)
+    return _changed(catalog, manager, kmi, key_id)
 
 
 def _sorted(labels: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
@@ -182,7 +201,7 @@ def schedule_deletion(
         _refuse_pending(entry)
         when = time.time() + days * _DAY_SECONDS
         catalog.put(replace(entry, state=KeyState.PENDING_DELETION, deletion_time=when))
-    return show_key(catalog, manager, kmi, key_id)
+    return _changed(catalog, manager, kmi, key_id)
 
 
 def cancel_deletion(catalog: Catalog, manager: KeyManager, kmi: str, key_id: str) -> ManagedKey:
@@ -192,7 +211,7 @@ def cancel_deletion(catalog: Catalog, manager: KeyManager, kmi: str, key_id: str
         if entry.state is not KeyState.PENDING_DELETION:
             raise KeyManagerError(f"key {key_id}: it does not await deletion, it is {entry.state}")
         catalog.put(replace(entry, state=KeyState.DISABLED, deletion_time=None))
-    return show_key(catalog, manager, kmi, key_id)
+    return _changed(catalog, manager, kmi, key_id)
 
 
 def purge_due(
@@ -246,21 +265,36 @@ def _is_due(entry: CatalogEntry | None, now: float) -> bool:
     )
 
 
+def _changed(catalog: Catalog, manager: KeyManager, kmi: str, key_id: str) -> ManagedKey:
+    """A key whose entry was changed, which holds whether or not the KMI can say more of it."""
+    try:
+        return show_key(catalog, manager, kmi, key_id)
+    except KeyManagerError as error:
+        entry = catalog.get(kmi, key_id)
+        if entry is None:  # destroyed this very moment
+            raise
+        return _without_kmi(entry, f"spec and version are not known: {error}")
+
+
+def _without_kmi(entry: CatalogEntry, problem: str) -> ManagedKey:
+    return ManagedKey(
+        entry.key_id,
+        entry.kmi,
+        None,
+        entry.state,
+        None,
+        entry.created,
+        entry.usage,
+        entry.deletion_time,
+        problem,
+        entry.labels,
+    )
+
+
 def _managed(kmi: str, info: KeyInfo | None, entry: CatalogEntry | None) -> ManagedKey:
     if info is None:
         assert entry is not None  # noqa: S101 - one of them has the key
-        return ManagedKey(
-            entry.key_id,
-            kmi,
-            None,
-            entry.state,
-            None,
-            entry.created,
-            entry.usage,
-            entry.deletion_time,
-            f"KMI {kmi} has no such key",
-            entry.labels,
-        )
+        return _without_kmi(entry, f"KMI {kmi} has no such key")
     return ManagedKey(
         info.key_id,
         kmi,
@@ -283,12 +317,12 @@ def _entry(catalog: Catalog, manager: KeyManager, kmi: str, key_id: str) -> Cata
     info = manager.get(key_id)
     if info is None:
         raise _unknown(kmi, key_id)
-    return replace(_new_entry(kmi, info, info.usage), state=KeyState.DISABLED)
+    return replace(_new_entry(kmi, info, None), state=KeyState.DISABLED)
 
 
-def _new_entry(kmi: str, info: KeyInfo, usage: Usage) -> CatalogEntry:
+def _new_entry(kmi: str, info: KeyInfo, usage: Usage | None) -> CatalogEntry:
     created = time.time() if info.created is None else info.created
-    return CatalogEntry(kmi, info.key_id, KeyState.ENABLED, usage, created)
+    return CatalogEntry(kmi, info.key_id, KeyState.ENABLED, usage or info.usage, created)
 
 
 def _refuse_pending(entry: CatalogEntry | None) -> None:

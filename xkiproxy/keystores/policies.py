@@ -21,6 +21,8 @@ from typing import Any
 
 import cedarpy
 
+from xkiproxy.observability.logging import utf8
+
 __all__ = ["AccessRequest", "Policies", "PolicyError", "Verdict", "load_policies", "schema_text"]
 
 _EXTENSION = ".cedar"
@@ -39,7 +41,7 @@ class PolicyError(Exception):
     """Policies that cannot be used; the text names each mistake with its file and line."""
 
     def __init__(self, problems: Iterable[str]) -> None:
-        self.problems = list(dict.fromkeys(problems))
+        self.problems = list(dict.fromkeys(map(utf8, problems)))
         super().__init__("; ".join(self.problems))
 
 
@@ -137,7 +139,7 @@ def load_policies(folder: Path) -> Policies:
     problems: list[str] = []
     for file in files:
         try:
-            statements += split(file.name, _read(file))
+            statements += split(utf8(file.name), _read(file))
         except PolicyError as error:
             problems += error.problems
     if problems:

@@ -29,6 +29,16 @@ class KmiState(StrEnum):
     DISCONNECTED = "disconnected"
 
 
+class LaneState(StrEnum):
+    """What a lane does."""
+
+    IDLE = "idle"
+    BUSY = "busy"
+    STARTING = "starting"
+    FAILED = "failed"
+    """Its last start failed; unless its login was refused, another follows."""
+
+
 class InlineLane(Protocol):
     """A lane whose operations take microseconds: it runs in the caller, without a queue."""
 

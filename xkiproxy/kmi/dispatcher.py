@@ -17,19 +17,29 @@ import asyncio
 import logging
 import time
 from collections import deque
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Protocol
+from datetime import UTC, datetime
+from functools import partial
+from typing import NamedTuple, Protocol
 
 from xkiproxy.crypto.operations import Fault, Operation, OperationError, Result
-from xkiproxy.kmi.base import BreakReason, InlineLane, KmiState, Lane, LaneError, Launcher
+from xkiproxy.kmi.base import (
+    BreakReason,
+    InlineLane,
+    KmiState,
+    Lane,
+    LaneError,
+    LaneState,
+    Launcher,
+)
 from xkiproxy.kmi.standing import Standing
+from xkiproxy.observability.logging import utf8
 from xkiproxy.observability.metrics import Metrics
 from xkiproxy.observability.series import Count, Distribution
 from xkiproxy.observability.timing import Batch, Timing, Visit
 
 _log = logging.getLogger(__name__)
-
-_LANE_STATES = ("idle", "busy", "starting", "failed")
 
 _MAX_ATTEMPTS = 2
 
@@ -39,6 +49,15 @@ _LAST_PAUSE_SECONDS = 2.0
 
 _STEADY_SECONDS = 1.0
 """A lane that ran so long was well: its next start is not delayed."""
+
+_STARTING = "its lanes are starting"
+
+
+class Trouble(NamedTuple):
+    """What went wrong, and when."""
+
+    error: str
+    time: datetime
 
 
 class Kmi(Protocol):
@@ -51,8 +70,15 @@ class Kmi(Protocol):
     """When `check` last ran, on the clock of `time.monotonic`."""
     error: str
     """Why the state is not `connected`."""
+    last_error: Trouble | None
+    """What went wrong last, kept when it is over: a KMI that comes and goes must not look well."""
     standing: Standing
     """For key stores that have another KMI to ask."""
+
+    @property
+    def lanes(self) -> list[LaneState]:
+        """What each lane does, by its index."""
+        ...
 
     @property
     def is_full(self) -> bool:
@@ -99,7 +125,6 @@ class KmiMetrics:
         self.batch_size = metrics.kmi_batch_size.labels(kmi)
         self.queue_depth = metrics.kmi_queue_depth.labels(kmi)
         self.queue_capacity = metrics.kmi_queue_capacity.labels(kmi)
-        self._lanes = {state: metrics.kmi_lanes.labels(kmi, state) for state in _LANE_STATES}
 
     def finished(self, kind: type, seconds: float, outcome: str) -> None:
         """Count an operation; `outcome` is `ok` or the name of a Fault in lower case."""
@@ -114,19 +139,24 @@ class KmiMetrics:
         duration.observe(seconds)
         counter.inc()
 
-    def set_lanes(self, **counts: int) -> None:
-        """Set how many lanes are idle, busy, starting and failed."""
-        for state, count in counts.items():
-            self._lanes[state].set(count)
+    def count_lanes(self, read: Callable[[], Sequence[LaneState]]) -> None:
+        """Say whom to ask what the lanes do, whenever the metrics are read."""
+        for state in LaneState:
+            level = self._metrics.kmi_lanes.labels(self._kmi, state.value)
+            level.set_function(partial(_count, read, state))
 
     def restarted(self, reason: BreakReason) -> None:
-        """Count a lane that is replaced."""
+        """Count a lane that broke, or could not be started."""
         self._metrics.kmi_lane_restarts.labels(self._kmi, reason.value).inc()
 
     def set_state(self, state: KmiState) -> None:
         """Set the one state that is 1."""
         for other in KmiState:
             self._metrics.kmi_state.labels(self._kmi, other.value).set(other is state)
+
+
+def _count(read: Callable[[], Sequence[LaneState]], state: LaneState) -> int:
+    return read().count(state)
 
 
 class InlineKmi:
@@ -138,11 +168,17 @@ class InlineKmi:
         self.state = KmiState.DISCONNECTED
         self.checked = float("-inf")
         self.error = "not checked yet"
+        self.last_error: Trouble | None = None
         self.standing = Standing()
         self.is_full = False
         self._lane = lane
         self._metrics = metrics
-        metrics.set_lanes(idle=1)
+        metrics.count_lanes(lambda: self.lanes)
+
+    @property
+    def lanes(self) -> list[LaneState]:
+        """See `Kmi.lanes`: it is never busy when somebody asks."""
+        return [LaneState.FAILED if self.last_error and self.error else LaneState.IDLE]
 
     async def submit(
         self, operation: Operation, deadline: float, timing: Timing | None = None
@@ -190,9 +226,11 @@ class InlineKmi:
 
     def _become(self, state: KmiState, error: str) -> None:
         if state is not self.state:
-            _log.info("KMI %s is %s%s", self.name, state, f": {error}" if error else "")
+            _log_state(self.name, state, error)
         self.state = state
-        self.error = error
+        self.error = utf8(error)
+        if error:
+            self.last_error = Trouble(self.error, datetime.now(UTC))
         self._metrics.set_state(state)
 
 
@@ -232,17 +270,22 @@ class QueuedKmi:
         self.type = kind
         self.state = KmiState.DISCONNECTED
         self.checked = float("-inf")
-        self.error = "its lanes are starting"
+        self.error = _STARTING
+        self.last_error: Trouble | None = None
         self.standing = Standing()
         self._launcher = launcher
         self._metrics = metrics
         self._queue: deque[_Item] = deque()
         self._queue_size = queue_size
+        metrics.queue_depth.set_function(lambda: len(self._queue))
         metrics.queue_capacity.set(queue_size)
         self._max_batch = max_batch
         self._epoch = 0
         self._pumping = False
         self._lanes: list[Lane | None] = [None] * lanes
+        self._failures: list[str] = [""] * lanes
+        """Why the last start of each lane failed; empty where it did not."""
+        metrics.count_lanes(lambda: self.lanes)
         self._idle: deque[Lane] = deque()
         self._batches: set[asyncio.Task[None]] = set()
         self._starting = asyncio.Lock()
@@ -255,6 +298,17 @@ class QueuedKmi:
     def is_full(self) -> bool:
         """See `Kmi.is_full`."""
         return len(self._queue) >= self._queue_size
+
+    @property
+    def lanes(self) -> list[LaneState]:
+        """See `Kmi.lanes`."""
+        return [self._state_of(index) for index in range(len(self._lanes))]
+
+    def _state_of(self, index: int) -> LaneState:
+        lane = self._lanes[index]
+        if lane is None:
+            return LaneState.FAILED if self._failures[index] else LaneState.STARTING
+        return LaneState.IDLE if lane in self._idle else LaneState.BUSY
 
     def start(self) -> None:
         """See `Kmi.start`."""
@@ -326,7 +380,6 @@ class QueuedKmi:
             task = self._loop.create_task(self._execute(self._idle.popleft(), batch))
             self._batches.add(task)
             task.add_done_callback(self._batches.discard)
-        self._report()
 
     def _take_batch(self) -> list[_Item]:
         """Everything that waits, up to `max_batch`.
@@ -403,10 +456,10 @@ class QueuedKmi:
             try:
                 lane = await self._start(index)
             except LaneError as error:
-                self._start_failed(error)
+                self._start_failed(index, error)
+                self._metrics.restarted(error.reason)
                 if error.reason is BreakReason.LOGIN:
                     return
-                self._metrics.restarted(error.reason)
             else:
                 try:
                     broken = await self._serve(index, lane)
@@ -445,11 +498,16 @@ class QueuedKmi:
 
     async def _serve(self, index: int, lane: Lane) -> LaneError:
         self._lanes[index] = lane
+        self._failures[index] = ""
+        # Why others are still away, rather than why this one was.
+        self.error = utf8(next(filter(None, self._failures), self.error))
         self._idle.append(lane)
         self._breaker_open = False
         self._become()
         self._schedule_pump()
-        return await lane.wait_broken()
+        broken = await lane.wait_broken()
+        self._note(broken)
+        return broken
 
     def _remove(self, index: int, lane: Lane) -> None:
         self._lanes[index] = None
@@ -457,10 +515,11 @@ class QueuedKmi:
             self._idle.remove(lane)
         self._become()
 
-    def _start_failed(self, error: LaneError) -> None:
-        if error.message != self.error:
+    def _start_failed(self, index: int, error: LaneError) -> None:
+        if error.message not in self._failures:
             _log.error("KMI %s: a lane cannot be started: %s", self.name, error.message)
-        self.error = error.message
+        self._failures[index] = error.message
+        self._note(error)
         if error.reason is BreakReason.LOGIN:
             self._login_refused = error
         if not any(self._lanes):
@@ -469,6 +528,10 @@ class QueuedKmi:
             self._refuse_all()
         self._become()
         self._settled.set()
+
+    def _note(self, error: LaneError) -> None:
+        self.error = utf8(error.message)
+        self.last_error = Trouble(self.error, datetime.now(UTC))
 
     def _become(self) -> None:
         up = sum(lane is not None for lane in self._lanes)
@@ -479,21 +542,16 @@ class QueuedKmi:
         else:
             state = KmiState.DEGRADED if up else KmiState.DISCONNECTED
         if state is not self.state:
-            _log.info("KMI %s is %s", self.name, state)
+            _log_state(self.name, state, self.error)
         self.state = state
         self._metrics.set_state(state)
-        self._report()
 
-    def _report(self) -> None:
-        up = sum(lane is not None for lane in self._lanes)
-        away = len(self._lanes) - up
-        self._metrics.queue_depth.set(len(self._queue))
-        self._metrics.set_lanes(
-            idle=len(self._idle),
-            busy=up - len(self._idle),
-            starting=0 if self._breaker_open else away,
-            failed=away if self._breaker_open else 0,
-        )
+
+def _log_state(name: str, state: KmiState, error: str) -> None:
+    """That lanes are there one after the other at a start is nothing to be woken for."""
+    is_well = state is KmiState.CONNECTED or error == _STARTING
+    reason = f": {error}" if error else ""
+    _log.log(logging.INFO if is_well else logging.WARNING, "KMI %s is %s%s", name, state, reason)
 
 
 async def _probe(lane: Lane) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -20,6 +21,8 @@ from xkiproxy.server.listener import bind
 from xkiproxy.server.page import POLICY, render
 from xkiproxy.server.runtime import Runtime
 from xkiproxy.server.trend import STEP_SECONDS, Trend
+
+_log = logging.getLogger(__name__)
 
 _PAGE_HEADERS = {
     "Content-Security-Policy": POLICY,
@@ -90,7 +93,11 @@ async def admin_listener(address: str, overview: Overview) -> AsyncIterator[None
 async def _sample(overview: Overview, trend: Trend) -> None:
     """For the page's plots, until cancelled."""
     while True:
-        trend.add(time.monotonic(), await overview.snapshot())
+        try:
+            trend.add(time.monotonic(), await overview.snapshot())
+        except Exception:
+            # A fault in one sample must not freeze the plots.
+            _log.exception("no sample for the status page")
         await asyncio.sleep(STEP_SECONDS)
 
 

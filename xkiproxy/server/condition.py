@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 
+from xkiproxy.observability.logging import utf8
+
 _log = logging.getLogger(__name__)
 
 
@@ -20,6 +22,7 @@ class Condition:
 
     def fail(self, part: str, reason: str) -> None:
         """A part cannot do what every request needs of it."""
+        reason = utf8(reason)  # it may name a file
         if self.reasons.get(part) != reason:
             _log.error("requests are refused: %s: %s", part, reason)
         self.reasons[part] = reason

@@ -1,7 +1,8 @@
 """The status page: one HTML document that needs nothing else, for people in a hurry.
 
 It shows what /status and /metrics say, in words and plots. It works without JavaScript (the browser
-then loads it anew); with it, only what changes is exchanged. Of requests there are counts alone.
+then loads it anew); with it, only what changes is exchanged, and a page that is out of date says
+so: a proxy that hangs must not look ready. Of requests there are counts alone.
 """
 
 from __future__ import annotations
@@ -42,19 +43,28 @@ figure { margin: 0; } figcaption { color: var(--dim); }
 svg { width: 100%; height: auto; display: block; border-bottom: 1px solid var(--line); }
 polyline { fill: none; stroke: var(--plot); stroke-width: 2; vector-effect: non-scaling-stroke; }
 polyline.second { stroke: var(--bad); } line { stroke: var(--warn); stroke-dasharray: 4 4; }
+main.old > :not(h1, #old) { opacity: .35; }
 """
 
 _SCRIPT = """
 setInterval(async () => {
+  const main = document.querySelector("main");
   try {
-    const answer = await fetch(location.href, { cache: "no-store" });
+    const answer = await fetch(location.href,
+      { cache: "no-store", signal: AbortSignal.timeout(4000) });
+    if (!answer.ok) throw new Error(`status ${answer.status}`);
     const page = new DOMParser().parseFromString(await answer.text(), "text/html");
-    document.querySelector("main").replaceWith(page.querySelector("main"));
+    const next = page.querySelector("main");
+    if (next === null) throw new Error("something else answers");
+    main.replaceWith(next);
     document.title = page.title;
-  } catch {
+  } catch (error) {
     document.title = "xkiproxy: no answer";
-    document.querySelector("h1").className = "bad";
-    document.querySelector("h1").textContent = "xkiproxy does not answer";
+    main.className = "old";
+    main.querySelector("h1").className = "bad";
+    main.querySelector("h1").textContent = "xkiproxy does not answer";
+    main.querySelector("#old").textContent = `No answer since ${
+      main.querySelector("time").textContent} (${error.message}). What is below is of then.`;
   }
 }, 5000);
 """
@@ -85,10 +95,11 @@ def render(
         _traffic(points),
         _stores(status),
         _kmis(status, snapshot),
+        _lanes(status),
         _dates(status, snapshot, now),
         _audit(status),
         _reload(status),
-        f'<p class="dim">{escape(now.strftime("%Y-%m-%d %H:%M:%S"))} UTC</p>',
+        f'<p class="dim"><time>{escape(now.strftime("%Y-%m-%d %H:%M:%S"))} UTC</time></p>',
     ]
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -105,7 +116,8 @@ def _head(status: Mapping[str, Any], word: str) -> str:
     count = f", {len(workers)} workers" if workers else ""
     said = f"version {status['version']}, since {status['started']}, process {status['pid']}{count}"
     return (
-        f'<h1>xkiproxy is <span class="{tone}">{word}</span></h1><p class="dim">{escape(said)}</p>'
+        f'<h1>xkiproxy is <span class="{tone}">{word}</span></h1><p id="old" class="bad"></p>'
+        f'<p class="dim">{escape(said)}</p>'
     )
 
 
@@ -168,11 +180,41 @@ def _kmis(status: Mapping[str, Any], snapshot: Snapshot) -> str:
                 escape(kmi["type"]),
                 escape(", ".join(lanes) or "none"),
                 f"{int(waiting)}",
-                escape(kmi["error"]) or '<span class="dim">none</span>',
+                escape(kmi["error"]) or _past_error(status, name),
             ]
         )
     columns = ["name", "state", "type", "lanes", "waiting", "last error"]
     return "<h2>Key managers</h2>" + _table(columns, rows)
+
+
+def _past_error(status: Mapping[str, Any], name: str) -> str:
+    """The newest of all processes, with its time: it is over."""
+    errors = [
+        kmi["last_error"]
+        for process in _processes(status)
+        for kmi in process["kmis"]
+        if kmi["name"] == name and kmi["last_error"] is not None
+    ]
+    if not errors:
+        return '<span class="dim">none</span>'
+    newest = max(errors, key=lambda error: str(error["time"]))
+    return f'<span class="dim">{escape(newest["time"])}: {escape(newest["error"])}</span>'
+
+
+def _lanes(status: Mapping[str, Any]) -> str:
+    """Each lane by the number that the log gives it; workers have lanes of their own."""
+    rows = []
+    for number, process in enumerate(status.get("workers", [status]), 1):
+        where = f" of worker {number}" if "workers" in status else ""
+        for kmi in process["kmis"] if process is not None else []:
+            lanes = [_lane(index, state) for index, state in enumerate(kmi["lanes"])]
+            rows.append([escape(kmi["name"] + where), ", ".join(lanes)])
+    return "<h2>Lanes</h2>" + _table(["KMI", "lanes"], rows)
+
+
+def _lane(index: int, state: str) -> str:
+    tone = {"failed": "bad", "starting": "warn"}.get(state, "good")
+    return f'lane {index} <span class="{tone}">{escape(state)}</span>'
 
 
 def _dates(status: Mapping[str, Any], snapshot: Snapshot, now: datetime) -> str:

@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from xkiproxy.config import Config, ConfigError, Problem
+from xkiproxy.observability.logging import utf8
 from xkiproxy.server.gateway import Tenant
 
 _log = logging.getLogger(__name__)
@@ -122,5 +123,5 @@ def _describe_credentials(old: Tenant, new: Tenant) -> Iterator[str]:
 
 
 def texts(error: ConfigError) -> list[str]:
-    """The problems of a configuration, a text each."""
-    return [str(problem) for problem in error.problems]
+    """The problems of a configuration, a text each, which can be sent on whatever it names."""
+    return [utf8(str(problem)) for problem in error.problems]

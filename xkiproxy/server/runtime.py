@@ -47,8 +47,10 @@ from xkiproxy.keystores.shared_replay import SharedReplayWindow
 from xkiproxy.keystores.signing_keys import CachedSigningKeys
 from xkiproxy.keystores.sqlite_catalog import SqliteCatalog
 from xkiproxy.kmi.base import KeyManagerError, KmiState
+from xkiproxy.kmi.dispatcher import Kmi
 from xkiproxy.kmi.registry import open_key_manager, open_kmi
 from xkiproxy.observability.audit import AuditError, AuditOptions, Sink, SinkState, encode
+from xkiproxy.observability.logging import utf8
 from xkiproxy.observability.metrics import FailoverMetrics, Metrics
 from xkiproxy.observability.series import Distribution
 from xkiproxy.observability.tracing import Tracer, TracingError, TracingOptions, open_tracer
@@ -375,23 +377,12 @@ class Runtime:
             "audit": {
                 "required": self.config.audit.required,
                 "sinks": [
-                    {"name": state.name, "up": state.is_up, "error": state.error}
+                    {"name": state.name, "up": state.is_up, "error": utf8(state.error)}
                     for state in self._sinks.values()
                 ],
             },
             "keystores": [_store_status(tenant) for tenant in self.tenants],
-            "kmis": [
-                {
-                    "name": kmi.name,
-                    "type": kmi.type,
-                    "state": kmi.state.value,
-                    "error": kmi.error,
-                    "checked_seconds_ago": round(max(0.0, now - kmi.checked), 1)
-                    if kmi.checked > 0
-                    else None,
-                }
-                for kmi in self.kmis.values()
-            ],
+            "kmis": [_kmi_status(kmi, now) for kmi in self.kmis.values()],
         }
 
 
@@ -477,6 +468,21 @@ def _store_status(tenant: Tenant) -> dict[str, Any]:
             {"access_key_id": name, "created": created}
             for name, created in tenant.store.signing_keys.created.items()
         ],
+    }
+
+
+def _kmi_status(kmi: Kmi, now: float) -> dict[str, Any]:
+    last = kmi.last_error
+    return {
+        "name": kmi.name,
+        "type": kmi.type,
+        "state": kmi.state.value,
+        "error": kmi.error,
+        "last_error": None
+        if last is None
+        else {"error": last.error, "time": last.time.isoformat(timespec="seconds")},
+        "lanes": [state.value for state in kmi.lanes],
+        "checked_seconds_ago": round(max(0.0, now - kmi.checked), 1) if kmi.checked > 0 else None,
     }
 
 

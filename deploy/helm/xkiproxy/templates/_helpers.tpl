@@ -54,6 +54,15 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- fail "configuration: an audit sink of type \"stdout\" needs workers: 1" -}}
 {{- end -}}
 {{- end -}}
+{{- range $index, $kmi := rest (regexSplit `(?m)^\s*\[\[\s*kmi\s*\]\]` .Values.configuration -1) -}}
+{{- $lanes := ternary 2 4 (regexMatch `(?m)^\s*type\s*=\s*["']pkcs11["']` $kmi) -}}
+{{- with regexFind `(?m)^\s*lanes\s*=\s*[0-9]+` $kmi -}}
+{{- $lanes = regexFind `[0-9]+` . | int -}}
+{{- end -}}
+{{- if lt $lanes (int $.Values.workers) -}}
+{{- fail (printf "workers: each of the %d needs a lane to each KMI, and KMI number %d of configuration has %d; write lanes = %d there, or more" (int $.Values.workers) (add1 $index) $lanes (int $.Values.workers)) -}}
+{{- end -}}
+{{- end -}}
 {{- if and .Values.autoscaling.enabled (not .Values.keys) -}}
 {{- fail "autoscaling: list the keys in the value keys, or a new replica knows none of them" -}}
 {{- end -}}
