@@ -41,9 +41,18 @@ def template() -> objects.TemplateAttribute:
         made.create_attribute(enums.AttributeType.CRYPTOGRAPHIC_USAGE_MASK,
                               [enums.CryptographicUsageMask.ENCRYPT,
                                enums.CryptographicUsageMask.DECRYPT]),
-        made.create_attribute(enums.AttributeType.NAME, "payroll"),
+        made.create_attribute(enums.AttributeType.NAME, "payroll#2"),
+        mark("payroll"),
+        made.create_attribute(enums.AttributeType.SENSITIVE, True),
     ]  # fmt: skip
     return objects.TemplateAttribute(attributes=attributes)
+
+
+def mark(key_id: str) -> Any:
+    return AttributeFactory().create_attribute(
+        enums.AttributeType.APPLICATION_SPECIFIC_INFORMATION,
+        {"application_namespace": "xkiproxy", "application_data": key_id},
+    )
 
 
 def wanted(name: str) -> list[Any]:
@@ -68,12 +77,17 @@ REQUESTS: dict[str, tuple[Any, Any]] = {
         lambda: payloads.DecryptRequestPayload(UID, _PARAMETERS, DATA, IV, AAD, TAG),
     ),
     "create": (
-        lambda version: messages.create(version, "payroll", 256),
+        # PyKMIP knows of no Extractable.
+        lambda version: messages.create(version, "payroll#2", 256, "payroll", messages.EXTRAS[:2]),
         lambda: payloads.CreateRequestPayload(enums.ObjectType.SYMMETRIC_KEY, template()),
     ),
     "locate": (
         lambda version: messages.locate(version, "payroll"),
         lambda: payloads.LocateRequestPayload(attributes=wanted("payroll")),
+    ),
+    "locate-versions": (
+        lambda version: messages.locate(version, key_id="payroll"),
+        lambda: payloads.LocateRequestPayload(attributes=[wanted("")[0], mark("payroll")]),
     ),
     "get-attributes": (
         lambda _: messages.get_attributes(UID),
@@ -183,7 +197,7 @@ def test_attributes_of_pykmip_are_understood(version: Version) -> None:
     assert found[Tag.CRYPTOGRAPHIC_USAGE_MASK] == [12]
     (name,) = found[Tag.NAME]
     assert isinstance(name, Structure)
-    assert name.text(Tag.NAME_VALUE) == "payroll"
+    assert name.text(Tag.NAME_VALUE) == "payroll#2"
 
 
 def test_what_is_no_answer() -> None:

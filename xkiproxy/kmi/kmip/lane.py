@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Sequence
 from os import urandom
+from typing import NamedTuple
 
 from xkiproxy.config.models import KmipSettings
 from xkiproxy.crypto.algorithms import (
@@ -40,13 +41,15 @@ from xkiproxy.crypto.operations import (
 from xkiproxy.kmi.base import BreakReason, LaneError, Settle
 from xkiproxy.kmi.kmip import messages
 from xkiproxy.kmi.kmip.connection import Connection, connect
-from xkiproxy.kmi.kmip.keys import Key, KeyObject, find_key
+from xkiproxy.kmi.kmip.keys import OF_SERVER, Key, KeyObject, find_keys
 from xkiproxy.kmi.kmip.messages import Answer, Cipher, KmipError, Mode, Reason, Request, Tag
 from xkiproxy.kmi.kmip.ttlv import TtlvError
 
 _log = logging.getLogger(__name__)
 
 _SAID_SECONDS = 60.0
+_FRESH_SECONDS = 10.0
+"""So long is believed what is known of a key: another may revoke, rotate or destroy it."""
 
 _MODES = {
     Algorithm.AES_GCM: Mode.GCM,
@@ -54,20 +57,43 @@ _MODES = {
     Algorithm.AES_ECB: Mode.ECB,
 }
 
+_NOT_FOUND = (Fault.KEY_NOT_FOUND, "There is no such key.")
+_NOT_PERMITTED = (Fault.KEY_UNUSABLE, "The key manager does not permit it.")
+_CANNOT = (Fault.UNSUPPORTED, "The key manager cannot do it.")
+_NOT_NOW = (Fault.UNAVAILABLE, "The key manager cannot do it now.")
+
 _FAULTS = {
-    Reason.ITEM_NOT_FOUND: (Fault.KEY_NOT_FOUND, "There is no such key."),
-    Reason.OBJECT_DESTROYED: (Fault.KEY_NOT_FOUND, "There is no such key."),
-    Reason.PERMISSION_DENIED: (Fault.KEY_UNUSABLE, "The key manager does not permit it."),
+    Reason.ITEM_NOT_FOUND: _NOT_FOUND,
+    Reason.OBJECT_NOT_FOUND: _NOT_FOUND,
+    Reason.OBJECT_DESTROYED: _NOT_FOUND,
+    Reason.PERMISSION_DENIED: _NOT_PERMITTED,
+    Reason.NOT_AUTHORISED: _NOT_PERMITTED,
     Reason.OBJECT_ARCHIVED: (Fault.KEY_UNUSABLE, "The key is archived at the key manager."),
     Reason.WRONG_KEY_LIFECYCLE_STATE: (Fault.KEY_UNUSABLE, "The key is not active."),
-    Reason.OPERATION_NOT_SUPPORTED: (Fault.UNSUPPORTED, "The key manager cannot do it."),
-    Reason.FEATURE_NOT_SUPPORTED: (Fault.UNSUPPORTED, "The key manager cannot do it."),
-    Reason.BAD_CRYPTOGRAPHIC_PARAMETERS: (Fault.UNSUPPORTED, "The key manager cannot do it."),
+    Reason.OPERATION_NOT_SUPPORTED: _CANNOT,
+    Reason.FEATURE_NOT_SUPPORTED: _CANNOT,
+    Reason.BAD_CRYPTOGRAPHIC_PARAMETERS: _CANNOT,
+    Reason.UNSUPPORTED_CRYPTOGRAPHIC_PARAMETERS: _CANNOT,
     Reason.INVALID_FIELD: (Fault.UNSUPPORTED, "The key manager takes no such parameters."),
+    Reason.AUTHENTICATION_NOT_SUCCESSFUL: _NOT_NOW,
+    Reason.INTERNAL_SERVER_ERROR: _NOT_NOW,
+    Reason.PROTECTION_STORAGE_UNAVAILABLE: _NOT_NOW,
+    Reason.SERVER_LIMIT_EXCEEDED: (Fault.THROTTLED, "The key manager is asked too often."),
 }
 
 _OF_CIPHERTEXT = {Reason.CRYPTOGRAPHIC_FAILURE, Reason.INVALID_FIELD, Reason.GENERAL_FAILURE, 0}
 """What a server may say of a ciphertext that it cannot open; some of it may mean anything."""
+
+_OF_ANYTHING = {Reason.CRYPTOGRAPHIC_FAILURE, Reason.GENERAL_FAILURE, 0}
+"""What a server may say of an encryption for its own sake, or for that of the parameters."""
+
+
+class _Known(NamedTuple):
+    """What was found out of a key, in which epoch, and until when that is believed."""
+
+    epoch: int
+    until: float
+    key: Key
 
 
 class _Step:
@@ -88,24 +114,24 @@ class _Step:
 class KmipLane:
     """See `xkiproxy.kmi.base.Lane`."""
 
-    def __init__(self, connection: Connection, settings: KmipSettings) -> None:
+    def __init__(
+        self, connection: Connection, settings: KmipSettings, keys: dict[str, _Known]
+    ) -> None:
+        """`keys`: what is known of keys, shared by the lanes to an address."""
         self._connection = connection
         self._makes_iv = settings.iv == "generator"
         self._draws = settings.random == "generator"
         self._name = settings.name
-        self._keys: dict[str, Key] = {}
-        self._epoch = 0
+        self._keys = keys
         self._said = ("", 0.0)
 
     async def execute(self, batch: Sequence[Operation], epoch: int, settle: Settle) -> None:
         """See `Lane.execute`."""
-        if epoch != self._epoch:
-            self._keys.clear()
-            self._epoch = epoch
+        keys = await self._look_up(batch, epoch)
         steps: list[tuple[int, _Step]] = []
         for index, operation in enumerate(batch):
             try:
-                outcome = await self._prepare(operation)
+                outcome = self._prepare(operation, keys)
             except OperationError as error:
                 settle(index, error)
                 continue
@@ -117,7 +143,7 @@ class KmipLane:
             await self._run(steps, settle)
 
     async def probe(self) -> None:
-        """See `Lane.probe`: the server answers. That keys can be used their own traffic shows."""
+        """See `Lane.probe`: the probe key opens what it closes, or at least the server answers."""
         try:
             await self._connection.ask_one(messages.query_operations())
         except KmipError as error:
@@ -133,36 +159,76 @@ class KmipLane:
 
     # ---- requests --------------------------------------------------------------------------
 
-    async def _prepare(self, operation: Operation) -> _Step | Result:
+    async def _look_up(
+        self, batch: Sequence[Operation], epoch: int
+    ) -> dict[str, Key | OperationError]:
+        """The keys of a batch: what is not known, or not any more, is asked for together.
+
+        So is a key of which a ciphertext names a version that is not known: another may just have
+        rotated it.
+        """
+        now = time.monotonic()
+        found: dict[str, Key | OperationError] = {}
+        wanted: dict[str, None] = {}
+        for operation in batch:
+            if isinstance(operation, Random):
+                continue
+            known = self._keys.get(operation.key_id)
+            if (
+                known is None
+                or known.epoch < epoch
+                or known.until < now
+                or (
+                    isinstance(operation, Decrypt)
+                    and operation.version is not None
+                    and operation.version not in known.key.versions
+                )
+            ):
+                wanted[operation.key_id] = None
+            else:
+                found[operation.key_id] = known.key
+        if wanted:
+            found |= await self._find(list(wanted), epoch)
+        return found
+
+    async def _find(self, key_ids: Sequence[str], epoch: int) -> dict[str, Key | OperationError]:
+        result = await find_keys(self._connection, key_ids)
+        until = time.monotonic() + _FRESH_SECONDS
+        found: dict[str, Key | OperationError] = {}
+        for key_id in key_ids:
+            key = result.get(key_id)
+            if isinstance(key, Key):
+                self._keys[key_id] = _Known(epoch, until, key)
+                found[key_id] = key
+                continue
+            self._keys.pop(key_id, None)
+            if key is None:
+                found[key_id] = OperationError(*_NOT_FOUND)
+                continue
+            self._say(f"key {key_id}: {key}")
+            if key.reason in OF_SERVER or key.reason == Reason.GENERAL_FAILURE:
+                found[key_id] = _error(key.reason, *_NOT_NOW)
+            else:
+                why = "The key cannot be looked up at the key manager."
+                found[key_id] = OperationError(Fault.KEY_UNUSABLE, why)
+        return found
+
+    def _prepare(
+        self, operation: Operation, keys: dict[str, Key | OperationError]
+    ) -> _Step | Result:
         """The request of an operation, or its result if the server need not be asked."""
         if isinstance(operation, Random):
             if self._draws:
                 return RandomBytes(urandom(operation.length))
             return _Step(operation, messages.rng_retrieve(operation.length))
-        key = await self._key(operation.key_id)
+        key = keys[operation.key_id]
+        if isinstance(key, OperationError):
+            raise OperationError(key.fault, key.message)
         if isinstance(operation, Describe):
             return _description(key)
         if isinstance(operation, Encrypt):
             return self._encryption(operation, key)
-        if operation.version is not None and operation.version not in key.versions:
-            # Another process may just have rotated the key.
-            self._keys.pop(key.key_id, None)
-            key = await self._key(operation.key_id)
         return _decryption(operation, key)
-
-    async def _key(self, key_id: str) -> Key:
-        key = self._keys.get(key_id)
-        if key is None:
-            try:
-                key = await find_key(self._connection, key_id)
-            except KmipError as error:
-                self._say(f"key {key_id}: {error}")
-                why = "The key cannot be looked up at the key manager."
-                raise OperationError(Fault.KEY_UNUSABLE, why) from None
-            if key is None:
-                raise OperationError(Fault.KEY_NOT_FOUND, "There is no such key.")
-            self._keys[key_id] = key
-        return key
 
     def _encryption(self, operation: Encrypt, key: Key) -> _Step:
         version = key.newest
@@ -273,10 +339,7 @@ class KmipLane:
         if not isinstance(step.operation, Random):
             # What is remembered of the key may be old.
             self._keys.pop(step.operation.key_id, None)
-        known = _FAULTS.get(answer.reason)  # type: ignore[call-overload]
-        if known is not None:
-            return OperationError(*known)
-        return OperationError(Fault.INTERNAL, f"The key manager failed to {name}.")
+        return _error(answer.reason, Fault.INTERNAL, f"The key manager failed to {name}.")
 
     def _say(self, message: str) -> None:
         """Log the server's words for administrators, the same once a minute; clients get ours."""
@@ -284,6 +347,19 @@ class KmipLane:
         if (message, True) != (self._said[0], now < self._said[1]):
             self._said = message, now + _SAID_SECONDS
             _log.warning("KMI %s: %s", self._name, message)
+
+
+def _error(reason: int, fault: Fault, words: str) -> OperationError:
+    """What a reason means, or what is to be said if it has no meaning here."""
+    known = _FAULTS.get(reason)  # type: ignore[call-overload]
+    return OperationError(*(known or (fault, words)))
+
+
+def _is_doubtful(step: _Step, answer: Answer) -> bool:
+    """Whether a failure may be the server's or the operation's."""
+    if isinstance(step.operation, Decrypt):
+        return answer.reason in _OF_CIPHERTEXT
+    return isinstance(step.operation, Encrypt) and answer.reason in _OF_ANYTHING
 
 
 def _is_for_padding(step: _Step, answer: Answer) -> bool:
@@ -348,7 +424,7 @@ def _description(key: Key) -> KeyDescription:
     info = key.info
     if info.problem or info.spec is None:
         raise OperationError(Fault.KEY_UNUSABLE, f"The key cannot be used: {info.problem}.")
-    return KeyDescription(info.key_id, info.spec, info.usage, info.version, info.created)
+    return KeyDescription(info.key_id, info.spec, info.usage, key.newest, info.created)
 
 
 def _algorithm(operation: Encrypt | Decrypt, item: KeyObject) -> Algorithm:
@@ -383,7 +459,9 @@ class KmipLauncher:
 
     def __init__(self, settings: KmipSettings) -> None:
         self._settings = settings
+        self._keys: list[dict[str, _Known]] = [{} for _ in settings.address]
 
     async def launch(self, index: int) -> KmipLane:
         """See `xkiproxy.kmi.base.Launcher`."""
-        return KmipLane(await connect(self._settings, index), self._settings)
+        keys = self._keys[index % len(self._keys)]
+        return KmipLane(await connect(self._settings, index), self._settings, keys)

@@ -6,7 +6,7 @@ structures, 2.x by their tags within one `Attributes` structure.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -141,15 +141,21 @@ Request = tuple[Op, bytes]
 """An operation and its encoded payload."""
 
 _NAMES = {
+    "Application Specific Information": Tag.APPLICATION_SPECIFIC_INFORMATION,
     "Cryptographic Algorithm": Tag.CRYPTOGRAPHIC_ALGORITHM,
     "Cryptographic Length": Tag.CRYPTOGRAPHIC_LENGTH,
     "Cryptographic Usage Mask": Tag.CRYPTOGRAPHIC_USAGE_MASK,
+    "Extractable": Tag.EXTRACTABLE,
     "Initial Date": Tag.INITIAL_DATE,
     "Name": Tag.NAME,
     "Object Type": Tag.OBJECT_TYPE,
+    "Sensitive": Tag.SENSITIVE,
     "State": Tag.STATE,
 }
 _TEXTS = {tag: name for name, tag in _NAMES.items()}
+
+EXTRAS = (Tag.APPLICATION_SPECIFIC_INFORMATION, Tag.SENSITIVE, Tag.EXTRACTABLE)
+"""Attributes of what is made here that a server need not have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,11 +319,13 @@ def queried(answer: Answer) -> set[Value]:
 # ---- keys ------------------------------------------------------------------------------------
 
 
-def locate(version: Version, name: str | None = None) -> Request:
-    """The symmetric keys with a name, or all."""
+def locate(version: Version, name: str | None = None, key_id: str | None = None) -> Request:
+    """The symmetric keys with a name, or those that are marked as versions of a key, or all."""
     wanted = [_attribute(version, Tag.OBJECT_TYPE, _enumerated(SYMMETRIC_KEY))]
     if name is not None:
         wanted.append(_attribute(version, Tag.NAME, _named(name)))
+    if key_id is not None:
+        wanted.append(_attribute(version, Tag.APPLICATION_SPECIFIC_INFORMATION, _mark(key_id)))
     if version >= (2, 0):
         wanted = [ttlv.structure(Tag.ATTRIBUTES, *wanted)]
     return Op.LOCATE, ttlv.structure(Tag.REQUEST_PAYLOAD, *wanted)
@@ -349,14 +357,27 @@ def attributes(answer: Answer) -> dict[int, list[Value]]:
     return found
 
 
-def create(version: Version, name: str, bits: int) -> Request:
-    """Make an AES key of so many bits for encryption and decryption."""
+def create(
+    version: Version, name: str, bits: int, key_id: str, extras: Collection[Tag] = EXTRAS
+) -> Request:
+    """Make an AES key of so many bits for encryption and decryption.
+
+    `extras`: marked as a version of `key_id`; Sensitive, so that it leaves the server wrapped at
+    most; not Extractable, so that it does not leave it at all (KMIP 1.4, sections 3.36, 3.48 and
+    3.50).
+    """
     wanted = [
         _attribute(version, Tag.CRYPTOGRAPHIC_ALGORITHM, _enumerated(AES)),
         _attribute(version, Tag.CRYPTOGRAPHIC_LENGTH, _numbered(bits)),
         _attribute(version, Tag.CRYPTOGRAPHIC_USAGE_MASK, _numbered(ENCRYPT_BIT | DECRYPT_BIT)),
         _attribute(version, Tag.NAME, _named(name)),
     ]
+    more = {
+        Tag.APPLICATION_SPECIFIC_INFORMATION: _mark(key_id),
+        Tag.SENSITIVE: _truth(True),
+        Tag.EXTRACTABLE: _truth(False),
+    }
+    wanted += [_attribute(version, tag, encode) for tag, encode in more.items() if tag in extras]
     group = Tag.ATTRIBUTES if version >= (2, 0) else Tag.TEMPLATE_ATTRIBUTE
     kind = ttlv.enumeration(Tag.OBJECT_TYPE, SYMMETRIC_KEY)
     return Op.CREATE, ttlv.structure(Tag.REQUEST_PAYLOAD, kind, ttlv.structure(group, *wanted))
@@ -397,9 +418,22 @@ def _numbered(value: int) -> Callable[[int], bytes]:
     return lambda tag: ttlv.integer(tag, value)
 
 
+def _truth(value: bool) -> Callable[[int], bytes]:
+    return lambda tag: ttlv.boolean(tag, value)
+
+
 def _named(name: str) -> Callable[[int], bytes]:
     kind = ttlv.enumeration(Tag.NAME_TYPE, _TEXT_NAME)
     return lambda tag: ttlv.structure(tag, ttlv.text(Tag.NAME_VALUE, name), kind)
+
+
+def _mark(key_id: str) -> Callable[[int], bytes]:
+    """What all versions of a key have in common (KMIP 1.4, section 3.36)."""
+    parts = (
+        ttlv.text(Tag.APPLICATION_NAMESPACE, _NAMESPACE),
+        ttlv.text(Tag.APPLICATION_DATA, key_id),
+    )
+    return lambda tag: ttlv.structure(tag, *parts)
 
 
 # ---- operations ------------------------------------------------------------------------------
