@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 from scripted import Object, Scripted, attribute, scripted
 
+from xkiproxy.crypto.algorithms import Algorithm, Padding
 from xkiproxy.crypto.operations import (
+    CiphertextFormat,
     Decrypt,
     Decrypted,
     Describe,
@@ -23,13 +25,18 @@ from xkiproxy.crypto.operations import (
     KeyDescription,
     Operation,
     OperationError,
+    Random,
     Result,
 )
+from xkiproxy.kmi.base import BreakReason, KmiState, LaneError
+from xkiproxy.kmi.dispatcher import QueuedKmi
 from xkiproxy.kmi.kmip import KmipLauncher, ttlv
 from xkiproxy.kmi.kmip import lane as lane_module
 from xkiproxy.kmi.kmip.lane import KmipLane
 from xkiproxy.kmi.kmip.messages import Op, Reason, Tag
 from xkiproxy.kmi.kmip.ttlv import Structure
+from xkiproxy.kmi.registry import open_kmi
+from xkiproxy.observability.metrics import Metrics
 
 Outcome = Result | OperationError
 
@@ -159,6 +166,8 @@ async def test_versions_that_cannot_encrypt_do_not_stop_encryption(tmp_path: Pat
     async with scripted(tmp_path, objects=objects) as server, lane_to(server) as lane:
         made = await one(lane, Encrypt("key", b"x"))
         assert made.version == 1
+        raw = Encrypt("key", b"x", format=CiphertextFormat.RAW)
+        assert (await one(lane, raw)).version == 1
         described = await one(lane, Describe("key"))
         assert isinstance(described, KeyDescription)
         assert described.version == 1
@@ -203,6 +212,146 @@ async def test_the_keys_of_a_batch_are_looked_up_together(tmp_path: Path) -> Non
         assert len(server.asked) == 5
         await lane.close()
         await other.close()
+
+
+# ---- whose fault it is -------------------------------------------------------------------------
+
+
+async def test_what_fails_once_is_no_wrong_ciphertext(tmp_path: Path) -> None:
+    async with scripted(tmp_path) as server, lane_to(server) as lane:
+        made = await one(lane, Encrypt("key", b"hello"))
+        for reason in (Reason.GENERAL_FAILURE, Reason.CRYPTOGRAPHIC_FAILURE, 0):
+            server.refuse = Once(Op.DECRYPT, reason=reason)
+            outcomes = await run(lane, opening(made), wrong(made))
+            assert isinstance(outcomes[0], Decrypted)
+            assert fault(outcomes[1]) is Fault.INVALID_CIPHERTEXT
+        for reason in (Reason.GENERAL_FAILURE, 0):
+            server.refuse = Once(Op.ENCRYPT, reason=reason)
+            assert isinstance(await one(lane, Encrypt("key", b"x")), Encrypted)
+        # Its words change: it is not the ciphertext that changes them.
+        answers = [Reason.GENERAL_FAILURE, None, Reason.CRYPTOGRAPHIC_FAILURE]
+
+        def changing(operation: int, payload: Structure) -> tuple[int, str] | None:
+            del payload
+            reason = answers.pop(0) if operation == Op.DECRYPT else None
+            return None if reason is None else (reason, "")
+
+        server.refuse = changing
+        assert fault(await one(lane, opening(made))) is Fault.UNAVAILABLE
+
+
+@pytest.mark.parametrize(
+    ("reason", "expected"),
+    [
+        (Reason.AUTHENTICATION_NOT_SUCCESSFUL, Fault.UNAVAILABLE),
+        (0x2A, Fault.UNAVAILABLE),
+        (0x44, Fault.UNAVAILABLE),
+        (0x3A, Fault.THROTTLED),
+        (0x37, Fault.KEY_NOT_FOUND),
+        (0x39, Fault.KEY_UNUSABLE),
+        (0x3E, Fault.UNSUPPORTED),
+    ],
+)
+async def test_reasons_are_understood(tmp_path: Path, reason: int, expected: Fault) -> None:
+    async with scripted(tmp_path) as server, lane_to(server) as lane:
+        made = await one(lane, Encrypt("key", b"x"))
+        server.refuse = Once(Op.ENCRYPT, Op.DECRYPT, reason=reason, times=-1)
+        outcomes = await run(lane, Encrypt("key", b"x"), opening(made))
+        assert [fault(outcome) for outcome in outcomes] == [expected] * 2
+
+
+async def test_a_server_that_draws_nothing_is_away(tmp_path: Path) -> None:
+    async with scripted(tmp_path) as server, lane_to(server, random="server") as lane:
+        server.refuse = Once(Op.RNG_RETRIEVE, reason=Reason.GENERAL_FAILURE)
+        assert fault(await one(lane, Random(8))) is Fault.UNAVAILABLE
+
+
+async def test_the_servers_words_are_for_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with scripted(tmp_path) as server, lane_to(server) as lane:
+        words = "ask \x1b[31mroot about it"
+        server.refuse = lambda operation, _: (
+            (Reason.INVALID_FIELD, words) if operation == Op.ENCRYPT else None
+        )
+        operation = Encrypt("key", bytes(16), Algorithm.AES_CBC, Padding.NONE)
+        outcome = await one(lane, operation)
+        assert fault(outcome) is Fault.UNSUPPORTED
+        assert "root" not in str(outcome)
+        assert "without padding: ENCRYPT: ask \\x1b[31mroot about it" in caplog.text
+
+
+@pytest.mark.parametrize("operation", [Op.LOCATE, Op.GET_ATTRIBUTES])
+async def test_a_server_that_cannot_look_up_keys_is_away(tmp_path: Path, operation: Op) -> None:
+    async with scripted(tmp_path) as server, lane_to(server) as lane:
+        for reason in (Reason.GENERAL_FAILURE, Reason.INTERNAL_SERVER_ERROR):
+            server.refuse = Once(operation, reason=reason, times=-1)
+            assert fault(await one(lane, Encrypt("key", b"x"))) is Fault.UNAVAILABLE
+        server.refuse = Once(operation, reason=Reason.SERVER_LIMIT_EXCEEDED, times=-1)
+        assert fault(await one(lane, Encrypt("key", b"x"))) is Fault.THROTTLED
+
+
+async def test_a_server_at_which_no_key_works_is_away(tmp_path: Path) -> None:
+    """So that another KMI is asked; with a probe key it is not connected either."""
+    objects = {"1": Object(("key",)), "2": Object(("probe",))}
+    async with scripted(tmp_path, objects=objects) as server:
+        kmi = open_kmi(server.settings(probe_key="probe"), Metrics())
+        assert isinstance(kmi, QueuedKmi)
+        kmi.start()
+        await kmi.check()
+        assert kmi.state is KmiState.CONNECTED
+        made = await kmi.submit(Encrypt("key", b"x"), time.monotonic() + 5)
+        assert isinstance(made, Encrypted)
+        server.refuse = Once(Op.ENCRYPT, Op.DECRYPT, reason=Reason.GENERAL_FAILURE, times=-1)
+        for operation in (Encrypt("key", b"x"), opening(made)):
+            with pytest.raises(OperationError) as caught:
+                await kmi.submit(operation, time.monotonic() + 5)
+            assert caught.value.fault is Fault.UNAVAILABLE
+        await kmi.check()
+        await asyncio.sleep(0.3)
+        assert kmi.state is KmiState.DISCONNECTED
+        assert "probe_key probe: ENCRYPT: the backend is being failed over" in kmi.error
+        server.refuse = Once(reason=0)
+        deadline = time.monotonic() + 10
+        while kmi.state is not KmiState.CONNECTED:
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.05)
+        # It says that it is asked too much: so it serves.
+        server.refuse = Once(Op.ENCRYPT, reason=Reason.SERVER_LIMIT_EXCEEDED, times=-1)
+        await kmi.check()
+        await asyncio.sleep(0.1)
+        assert kmi.state is KmiState.CONNECTED
+        await kmi.close()
+
+
+async def test_a_probe_key_that_is_not_there_is_named(tmp_path: Path) -> None:
+    async with scripted(tmp_path) as server:
+        with pytest.raises(LaneError) as caught:
+            await KmipLauncher(server.settings(probe_key="none")).launch(0)
+        assert caught.value.reason is BreakReason.START
+        assert caught.value.message == f"localhost:{server.port}: probe_key none: it is not there"
+
+
+@pytest.mark.parametrize("reason", [Reason.CRYPTOGRAPHIC_FAILURE, Reason.GENERAL_FAILURE])
+@pytest.mark.parametrize("stand_in", ["", "newest", "probe"])
+async def test_a_wrong_ciphertext_under_a_key_that_only_decrypts(
+    tmp_path: Path, stand_in: str, reason: int
+) -> None:
+    """Nothing can show that the key works but another; Cryptographic Failure needs none."""
+    objects = {"1": Object(("key",), mask=8), "p": Object(("probe",))}
+    if stand_in == "newest":
+        objects["2"] = Object(("key#2",))
+    changes = {"probe_key": "probe"} if stand_in == "probe" else {}
+    async with scripted(tmp_path, objects=objects) as server, lane_to(server, **changes) as lane:
+
+        def refuse(operation: int, payload: Structure) -> tuple[int, str] | None:
+            is_it = operation == Op.DECRYPT and payload.text(Tag.UNIQUE_IDENTIFIER) == "1"
+            return (reason, "it cannot be opened") if is_it else None
+
+        server.refuse = refuse
+        outcome = await one(lane, Decrypt("key", bytes(40), bytes(12), 1))
+    is_certain = stand_in or reason == Reason.CRYPTOGRAPHIC_FAILURE
+    assert fault(outcome) is (Fault.INVALID_CIPHERTEXT if is_certain else Fault.UNAVAILABLE)
 
 
 # ---- batches -----------------------------------------------------------------------------------

@@ -568,3 +568,17 @@ async def test_a_message_that_is_too_large_is_divided(
             monkeypatch.setattr(connection_module, "_MAX_BATCH_SIZE", most)
             outcomes = await run(lane, *batch)
             assert {type(outcome) for outcome in outcomes} == {Encrypted}
+
+
+async def test_a_wrong_ciphertext_under_a_key_that_only_decrypts(server: PyKmip) -> None:
+    only, probe = new_name(), new_name()
+    await in_thread_create(server, probe)
+    with client(server) as other:
+        key = SymmetricKey(
+            enums.CryptographicAlgorithm.AES, 256, os.urandom(32), name=only,
+            masks=[enums.CryptographicUsageMask.DECRYPT],
+        )  # fmt: skip
+        other.activate(other.register(key))
+    async with lane_to(server, probe_key=probe) as lane:
+        outcome = await run_one(lane, Decrypt(only, bytes(40), bytes(12), 1))
+    assert fault(outcome) is Fault.INVALID_CIPHERTEXT

@@ -41,7 +41,7 @@ from xkiproxy.crypto.operations import (
 from xkiproxy.kmi.base import BreakReason, LaneError, Settle
 from xkiproxy.kmi.kmip import messages
 from xkiproxy.kmi.kmip.connection import Connection, connect
-from xkiproxy.kmi.kmip.keys import OF_SERVER, Key, KeyObject, find_keys
+from xkiproxy.kmi.kmip.keys import OF_SERVER, Key, KeyObject, find_key, find_keys
 from xkiproxy.kmi.kmip.messages import Answer, Cipher, KmipError, Mode, Reason, Request, Tag
 from xkiproxy.kmi.kmip.ttlv import TtlvError
 
@@ -99,11 +99,12 @@ class _Known(NamedTuple):
 class _Step:
     """An operation on its way: its request, and what is needed to understand the answer."""
 
-    __slots__ = ("algorithm", "cipher", "iv", "operation", "request", "uid", "version")
+    __slots__ = ("algorithm", "cipher", "iv", "key", "operation", "request", "uid", "version")
 
     def __init__(self, operation: Operation, request: Request) -> None:
         self.operation = operation
         self.request = request
+        self.key: Key | None = None
         self.uid = ""
         self.algorithm = Algorithm.AES_GCM
         self.cipher = Cipher(Mode.GCM)
@@ -122,6 +123,7 @@ class KmipLane:
         self._makes_iv = settings.iv == "generator"
         self._draws = settings.random == "generator"
         self._name = settings.name
+        self._probe_key = settings.probe_key
         self._keys = keys
         self._said = ("", 0.0)
 
@@ -145,9 +147,18 @@ class KmipLane:
     async def probe(self) -> None:
         """See `Lane.probe`: the probe key opens what it closes, or at least the server answers."""
         try:
-            await self._connection.ask_one(messages.query_operations())
-        except KmipError as error:
-            raise self._connection.end(str(error), BreakReason.DEVICE) from None
+            if self._probe_key is None:
+                await self._connection.ask_one(messages.query_operations())
+            else:
+                key = await find_key(self._connection, self._probe_key)
+                if key is None:
+                    raise KmipError("it is not there")
+                await self._open_what_it_closes(key.versions[key.newest].uid)
+        except (KmipError, TtlvError) as error:
+            if isinstance(error, KmipError) and error.reason == Reason.SERVER_LIMIT_EXCEEDED:
+                return  # it serves, and more than it likes
+            of_key = f"probe_key {self._probe_key}: " if self._probe_key else ""
+            raise self._connection.end(f"{of_key}{error}", BreakReason.DEVICE) from None
 
     async def wait_broken(self) -> LaneError:
         """See `Lane.wait_broken`."""
@@ -249,53 +260,85 @@ class KmipLane:
         if not iv and (self._makes_iv or algorithm is not Algorithm.AES_GCM):
             iv = urandom(IV_SIZES[algorithm])
         step = _Step(operation, messages.encrypt(item.uid, cipher, operation.plaintext, iv, aad))
-        step.uid, step.algorithm, step.cipher = item.uid, algorithm, cipher
+        step.key, step.uid, step.algorithm, step.cipher = key, item.uid, algorithm, cipher
         step.iv, step.version = iv, version
         return step
 
     # ---- answers ---------------------------------------------------------------------------
 
     async def _run(self, steps: Sequence[tuple[int, _Step]], settle: Settle) -> None:
-        try:
-            answers = await self._connection.ask([step.request for _, step in steps])
-        except KmipError as error:
-            self._say(str(error))
-            for index, _ in steps:
-                settle(index, OperationError(Fault.INTERNAL, "The key manager refuses the batch."))
-            return
-        doubtful: list[tuple[int, _Step]] = []
+        answers = await self._connection.ask([step.request for _, step in steps])
+        doubtful: list[tuple[int, _Step, int]] = []
         for (index, step), answer in zip(steps, answers, strict=True):
-            try:
-                if not answer.failed:
-                    settle(index, _result(step, answer))
-                elif _is_for_padding(step, answer):
-                    settle(index, await self._without_padding(step))
-                elif isinstance(step.operation, Decrypt) and answer.reason in _OF_CIPHERTEXT:
-                    doubtful.append((index, step))
-                else:
-                    settle(index, self._failure(step, answer))
-            except TtlvError as error:
-                self._say(f"its answer makes no sense: {error}")
-                text = "The key manager's answer makes no sense."
-                settle(index, OperationError(Fault.INTERNAL, text))
+            if answer.failed and _is_for_padding(step, answer):
+                settle(index, await self._without_padding(step))
+            elif answer.failed and _is_doubtful(step, answer):
+                doubtful.append((index, step, answer.reason))
+            else:
+                settle(index, self._outcome(step, answer))
         if doubtful:
             await self._settle_doubtful(doubtful, settle)
 
-    async def _settle_doubtful(self, steps: Sequence[tuple[int, _Step]], settle: Settle) -> None:
-        """A decryption failed, and the server's words could mean that the server is at fault.
+    def _outcome(self, step: _Step, answer: Answer) -> Result | OperationError:
+        if answer.failed:
+            return self._failure(step, answer)
+        try:
+            return _result(step, answer)
+        except TtlvError as error:
+            self._say(f"its answer makes no sense: {error}")
+            return OperationError(Fault.INTERNAL, "The key manager's answer makes no sense.")
 
-        So each key shows whether it works, by opening what it closes: then it was the ciphertext.
+    async def _settle_doubtful(
+        self, steps: Sequence[tuple[int, _Step, int]], settle: Settle
+    ) -> None:
+        """Something failed, and the server's words could mean that the server is at fault.
+
+        So a key shows whether the server works, by opening what it closes, and what failed is tried
+        once more: what was only for a moment is over then. Only what fails again with the same
+        words, at a server that works, is the fault of the operation.
         """
-        works: dict[str, bool] = {}
-        for _, step in steps:
+        works: dict[str, bool | None] = {}
+        for _, step, _ in steps:
             if step.uid not in works:
-                works[step.uid] = await self._opens_what_it_closes(step.uid)
-        for index, step in steps:
-            if works[step.uid]:
+                works[step.uid] = await self._works(step)
+        again = await self._connection.ask([step.request for _, step, _ in steps])
+        for (index, step, reason), answer in zip(steps, again, strict=True):
+            if not answer.failed or not _is_doubtful(step, answer):
+                settle(index, self._outcome(step, answer))
+                continue
+            well = works[step.uid]
+            if well is None:
+                well = answer.reason == Reason.CRYPTOGRAPHIC_FAILURE
+            if well and answer.reason == reason and isinstance(step.operation, Decrypt):
                 settle(index, invalid_ciphertext())
-            else:
-                text = "The key manager cannot decrypt, and does not say why."
-                settle(index, OperationError(Fault.INTERNAL, text))
+                continue
+            failure = self._failure(step, answer)
+            is_for_now = not well or answer.reason != reason
+            settle(index, OperationError(*_NOT_NOW) if is_for_now else failure)
+
+    async def _works(self, step: _Step) -> bool | None:
+        """Whether a key opens what it closes, if there is one that may do both.
+
+        Best the key itself; one that only decrypts, or is deactivated, is stood for by its newest
+        version, or by the probe key.
+        """
+        uid = ""
+        if step.key is not None:
+            items = step.key.versions
+            for item in (items[step.version], items[step.key.newest]):
+                if not uid and item.can_encrypt and item.can_decrypt:
+                    uid = item.uid
+        try:
+            if not uid and self._probe_key is not None:
+                key = await find_key(self._connection, self._probe_key)
+                uid = key.versions[key.newest].uid if key is not None else ""
+            if not uid:
+                return None
+            await self._open_what_it_closes(uid)
+        except (KmipError, TtlvError) as error:
+            self._say(f"it does not open what it closes: {error}")
+            return False
+        return True
 
     async def _without_padding(self, step: _Step) -> Result | OperationError:
         """For a server that always pads: the padding's block is cut off, or made and added.
@@ -317,28 +360,29 @@ class KmipLane:
             data = messages.output(await self._connection.ask_one(request))
             return Decrypted(data, step.version, step.algorithm, Padding.NONE)
         except (KmipError, TtlvError) as error:
-            return OperationError(
-                Fault.UNSUPPORTED, f"Without padding the key manager says: {error}"
-            )
+            self._say(f"without padding: {error}")
+            reason = error.reason if isinstance(error, KmipError) else 0
+            return _error(reason, Fault.UNSUPPORTED, "The key manager cannot do it unpadded.")
 
-    async def _opens_what_it_closes(self, uid: str) -> bool:
-        cipher, text, iv = Cipher(Mode.GCM), urandom(BLOCK_SIZE), urandom(12)
-        iv = iv if self._makes_iv else b""
-        try:
-            closed = await self._connection.ask_one(messages.encrypt(uid, cipher, text, iv, b""))
-            iv = iv or closed.payload.octets(Tag.IV_COUNTER_NONCE)
-            tag = closed.payload.octets(Tag.AUTHENTICATION_TAG)
-            request = messages.decrypt(uid, cipher, messages.output(closed), iv, b"", tag)
-            return messages.output(await self._connection.ask_one(request)) == text
-        except (KmipError, TtlvError):
-            return False
+    async def _open_what_it_closes(self, uid: str) -> None:
+        """Raises KmipError or TtlvError if this key does not."""
+        cipher, text = Cipher(Mode.GCM), urandom(BLOCK_SIZE)
+        iv = urandom(IV_SIZES[Algorithm.AES_GCM]) if self._makes_iv else b""
+        closed = await self._connection.ask_one(messages.encrypt(uid, cipher, text, iv, b""))
+        iv = iv or _made_iv(closed)
+        tag = closed.payload.octets(Tag.AUTHENTICATION_TAG)
+        request = messages.decrypt(uid, cipher, messages.output(closed), iv, b"", tag)
+        if messages.output(await self._connection.ask_one(request)) != text:
+            raise TtlvError("what it opens is not what it has closed")
 
     def _failure(self, step: _Step, answer: Answer) -> OperationError:
         name = type(step.operation).__name__.lower()
-        self._say(f"{name}: {answer.message or f'reason 0x{answer.reason:x}'}")
-        if not isinstance(step.operation, Random):
-            # What is remembered of the key may be old.
-            self._keys.pop(step.operation.key_id, None)
+        self._say(f"{name}: {messages.words_of(answer)}")
+        if isinstance(step.operation, Random):
+            # It depends on nothing that a client sends.
+            return _error(answer.reason, *_NOT_NOW)
+        # What is remembered of the key may be old.
+        self._keys.pop(step.operation.key_id, None)
         return _error(answer.reason, Fault.INTERNAL, f"The key manager failed to {name}.")
 
     def _say(self, message: str) -> None:
@@ -387,7 +431,8 @@ def _decryption(operation: Decrypt, key: Key) -> _Step:
             aad = authenticated_data(aad, version)
     cipher = Cipher(_MODES[algorithm], _padding(algorithm, operation.padding))
     step = _Step(operation, messages.decrypt(item.uid, cipher, data, operation.iv, aad, tag))
-    step.uid, step.algorithm, step.cipher, step.version = item.uid, algorithm, cipher, version
+    step.key, step.uid, step.algorithm, step.cipher = key, item.uid, algorithm, cipher
+    step.version = version
     return step
 
 
@@ -407,8 +452,8 @@ def _result(step: _Step, answer: Answer) -> Result:
             raise TtlvError("the plaintext has another size than its ciphertext")
         return Decrypted(data, step.version, step.algorithm, padding)
     iv = step.iv
-    if not iv and IV_SIZES[step.algorithm]:
-        iv = answer.payload.octets(Tag.IV_COUNTER_NONCE)
+    if not iv and step.algorithm is Algorithm.AES_GCM:
+        iv = _made_iv(answer)
     if len(iv) != IV_SIZES[step.algorithm]:
         raise TtlvError("its IV has another size")
     if step.algorithm is Algorithm.AES_GCM:
@@ -418,6 +463,14 @@ def _result(step: _Step, answer: Answer) -> Result:
             raise TtlvError("the ciphertext or its tag has another size")
         data += tag
     return Encrypted(data, iv, step.version, step.algorithm, padding)
+
+
+def _made_iv(answer: Answer) -> bytes:
+    """The IV that the server has made; raises TtlvError if there is none, or it does not fit."""
+    iv = answer.payload.octets(Tag.IV_COUNTER_NONCE)
+    if len(iv) != IV_SIZES[Algorithm.AES_GCM]:
+        raise TtlvError(f"it makes IVs of {len(iv)} bytes; set iv to generator")
+    return iv
 
 
 def _description(key: Key) -> KeyDescription:
@@ -441,8 +494,11 @@ def _padding(algorithm: Algorithm, padding: Padding | None) -> int:
 
 
 def _check_single_version(key: Key) -> None:
-    """A ciphertext that names no version can only belong to a key that has one."""
-    if len(key.versions) != 1:
+    """A ciphertext that names no version can only belong to a key that has one.
+
+    One that is not activated has made none.
+    """
+    if len(key.versions) != 1 and len(key.info.versions) != 1:
         raise OperationError(
             Fault.UNSUPPORTED,
             "The key was rotated, and a raw ciphertext cannot say which version made it.",
@@ -462,6 +518,14 @@ class KmipLauncher:
         self._keys: list[dict[str, _Known]] = [{} for _ in settings.address]
 
     async def launch(self, index: int) -> KmipLane:
-        """See `xkiproxy.kmi.base.Launcher`."""
-        keys = self._keys[index % len(self._keys)]
-        return KmipLane(await connect(self._settings, index), self._settings, keys)
+        """See `xkiproxy.kmi.base.Launcher`; with a probe key, it begins with its check."""
+        address = index % len(self._keys)
+        connection = await connect(self._settings, index)
+        lane = KmipLane(connection, self._settings, self._keys[address])
+        if self._settings.probe_key is not None:
+            try:
+                await lane.probe()
+            except LaneError as error:
+                text = f"{self._settings.address[address]}: {error.message}"
+                raise LaneError(text, BreakReason.START) from None
+        return lane
