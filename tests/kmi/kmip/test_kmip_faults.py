@@ -413,3 +413,15 @@ async def test_answers_in_another_order_are_each_for_their_own(tmp_path: Path) -
             opened = await run(lane, *batch)
             texts = [item.plaintext for item in opened if isinstance(item, Decrypted)]
             assert texts == [b"one", b"two"]
+
+
+# ---- the server's IVs --------------------------------------------------------------------------
+
+
+async def test_the_server_makes_ivs(tmp_path: Path) -> None:
+    async with scripted(tmp_path) as server, lane_to(server, iv="server", probe_key="key") as lane:
+        made = await one(lane, Encrypt("key", b"x", aad=b"a"))
+        assert made.iv == bytes(range(12))
+        opened = Decrypt("key", made.ciphertext, made.iv, 1, aad=b"a")
+        assert (await one(lane, opened)).plaintext == b"x"
+        assert fault(await one(lane, wrong(made))) is Fault.INVALID_CIPHERTEXT

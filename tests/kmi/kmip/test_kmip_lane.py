@@ -582,3 +582,15 @@ async def test_a_wrong_ciphertext_under_a_key_that_only_decrypts(server: PyKmip)
     async with lane_to(server, probe_key=probe) as lane:
         outcome = await run_one(lane, Decrypt(only, bytes(40), bytes(12), 1))
     assert fault(outcome) is Fault.INVALID_CIPHERTEXT
+
+
+async def test_pykmip_makes_ivs_of_another_size(
+    server: PyKmip, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It draws 16 bytes, whatever it is asked for: that is said, and nothing comes of it."""
+    name = new_name()
+    await in_thread_create(server, name)
+    async with lane_to(server, iv="server") as lane:
+        assert fault(await run_one(lane, Encrypt(name, b"x"))) is Fault.INTERNAL
+    assert "it makes IVs of 16 bytes; set iv to generator" in caplog.text
+    assert "iv" in await start_error(server, iv="server", probe_key=name)

@@ -22,6 +22,14 @@ AAD, TAG = b"additional", bytes(range(16))
 _PARAMETERS = objects.CryptographicParameters(
     block_cipher_mode=enums.BlockCipherMode.GCM,
     cryptographic_algorithm=enums.CryptographicAlgorithm.AES,
+    iv_length=96,
+    tag_length=16,
+)
+_MAKES_IV = objects.CryptographicParameters(
+    block_cipher_mode=enums.BlockCipherMode.GCM,
+    cryptographic_algorithm=enums.CryptographicAlgorithm.AES,
+    random_iv=True,
+    iv_length=96,
     tag_length=16,
 )
 _CBC = objects.CryptographicParameters(
@@ -67,6 +75,10 @@ REQUESTS: dict[str, tuple[Any, Any]] = {
     "encrypt": (
         lambda _: messages.encrypt(UID, Cipher(Mode.GCM), DATA, IV, AAD),
         lambda: payloads.EncryptRequestPayload(UID, _PARAMETERS, DATA, IV, AAD),
+    ),
+    "encrypt-random-iv": (
+        lambda _: messages.encrypt(UID, Cipher(Mode.GCM), DATA, b"", AAD),
+        lambda: payloads.EncryptRequestPayload(UID, _MAKES_IV, DATA, None, AAD),
     ),
     "encrypt-cbc": (
         lambda _: messages.encrypt(UID, Cipher(Mode.CBC, messages.PKCS5_PADDING), DATA, b"", b""),

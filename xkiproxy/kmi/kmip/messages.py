@@ -448,8 +448,8 @@ class Cipher:
 
 
 def encrypt(uid: str, cipher: Cipher, data: bytes, iv: bytes, aad: bytes) -> Request:
-    """Encrypt; without `iv` the server makes one."""
-    items = [_cipher(uid, cipher), ttlv.octets(Tag.DATA, data)]
+    """Encrypt; under GCM the server makes an IV if none is given."""
+    items = [_cipher(uid, cipher, makes_iv=not iv), ttlv.octets(Tag.DATA, data)]
     if iv:
         items.append(ttlv.octets(Tag.IV_COUNTER_NONCE, iv))
     if aad:
@@ -469,18 +469,21 @@ def decrypt(uid: str, cipher: Cipher, data: bytes, iv: bytes, aad: bytes, tag: b
     return Op.DECRYPT, ttlv.structure(Tag.REQUEST_PAYLOAD, *items)
 
 
-def _cipher(uid: str, cipher: Cipher) -> bytes:
+def _cipher(uid: str, cipher: Cipher, makes_iv: bool = False) -> bytes:
+    """Under GCM the lengths of IV (in bits) and tag must be given (KMIP 1.4, section 3.6)."""
     items = [ttlv.enumeration(Tag.BLOCK_CIPHER_MODE, cipher.mode)]
     if cipher.padding:
         items.append(ttlv.enumeration(Tag.PADDING_METHOD, cipher.padding))
     items.append(ttlv.enumeration(Tag.CRYPTOGRAPHIC_ALGORITHM, AES))
     if cipher.mode is Mode.GCM:
-        items.append(ttlv.integer(Tag.TAG_LENGTH, _TAG_SIZE))
+        if makes_iv:
+            items.append(ttlv.boolean(Tag.RANDOM_IV, True))
+        items.append(_GCM_LENGTHS)
     parameters = ttlv.structure(Tag.CRYPTOGRAPHIC_PARAMETERS, *items)
     return ttlv.text(Tag.UNIQUE_IDENTIFIER, uid) + parameters
 
 
-_TAG_SIZE = 16
+_GCM_LENGTHS = ttlv.integer(Tag.IV_LENGTH, 96) + ttlv.integer(Tag.TAG_LENGTH, 16)
 
 
 def output(answer: Answer) -> bytes:
