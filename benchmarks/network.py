@@ -106,7 +106,7 @@ class _KmipServer(asyncio.Protocol):
             for known in _OPERATIONS:
                 yield ttlv.enumeration(Tag.OPERATION, known)
         elif operation == Op.LOCATE:
-            wanted = messages.attributes(messages.Answer(asked))[Tag.NAME][0]
+            wanted = messages.attributes(messages.Answer(asked)).get(Tag.NAME, [b""])[0]
             if isinstance(wanted, Structure) and wanted.text(Tag.NAME_VALUE) == _KEY:
                 yield ttlv.text(Tag.UNIQUE_IDENTIFIER, _UID)
         elif operation == Op.GET_ATTRIBUTES:

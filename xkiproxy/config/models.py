@@ -367,6 +367,11 @@ class KmipSettings(KmiSettings):
     version: Literal["1.4", "2.0", "2.1"] | None = None
     """By default the best that both sides name in Discover Versions."""
 
+    probe_key: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,128}$")] | None = None
+    """A key that the check of health encrypts and decrypts with; without it the check asks whether
+    the server answers.
+    """
+
     def share(self, index: int, workers: int) -> Self:
         """The lanes are divided: a server takes so many connections."""
         lanes = self.lanes // workers + (index < self.lanes % workers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import ssl
@@ -39,6 +40,8 @@ from xkiproxy.crypto.operations import (
 from xkiproxy.kmi.base import BreakReason, KeyManagerError, KmiState, LaneError
 from xkiproxy.kmi.dispatcher import KmiMetrics, QueuedKmi
 from xkiproxy.kmi.kmip import KmipKeyManager, KmipLauncher
+from xkiproxy.kmi.kmip import connection as connection_module
+from xkiproxy.kmi.kmip import manager as manager_module
 from xkiproxy.kmi.kmip.lane import KmipLane
 from xkiproxy.observability.metrics import Metrics
 
@@ -128,8 +131,6 @@ async def test_every_mode_opens_what_it_closed(server: PyKmip, spec: KeySpec, ve
 async def in_thread_create(
     server: PyKmip, name: str, spec: KeySpec = KeySpec.AES_256, version: str | None = None
 ) -> None:
-    import asyncio
-
     def create() -> None:
         manager = KmipKeyManager(server.settings(version=version))
         try:
@@ -239,8 +240,6 @@ def test_keys_are_made_listed_rotated_and_destroyed(
 
 
 async def test_older_versions_go_on_decrypting(server: PyKmip) -> None:
-    import asyncio
-
     name = new_name()
     await in_thread_create(server, name)
     async with lane_to(server) as lane, lane_to(server) as other:
@@ -431,8 +430,6 @@ async def test_a_server_that_stops_stalls_and_returns(tmp_path: Path) -> None:
 
 
 async def until_served(kmi: QueuedKmi, name: str) -> None:
-    import asyncio
-
     deadline = time.monotonic() + 10
     while True:
         try:
@@ -445,8 +442,6 @@ async def until_served(kmi: QueuedKmi, name: str) -> None:
 
 
 async def test_a_server_that_speaks_something_else(tmp_path: Path) -> None:
-    import asyncio
-
     server = PyKmip(tmp_path / "server")  # its certificates only
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(server.folder / "server.crt", server.folder / "server.key")
@@ -463,3 +458,138 @@ async def test_a_server_that_speaks_something_else(tmp_path: Path) -> None:
     assert "4294967303 bytes" in await start_error(server)
     assert "does it know the client certificate?" in await start_error(server)
     listener.close()
+
+
+# ---- versions that are not there, or not ready -------------------------------------------------
+
+
+async def destroy_version(server: PyKmip, name: str) -> None:
+    with client(server) as other:
+        (uid,) = other.locate(attributes=[_name(name)])
+        other.revoke(enums.RevocationReasonCode.CESSATION_OF_OPERATION, uid)
+        other.destroy(uid)
+
+
+@pytest.mark.parametrize("version", ["1.4", "2.0"])
+async def test_a_version_that_is_destroyed_hides_no_other(server: PyKmip, version: str) -> None:
+    name = new_name()
+    manager = await asyncio.to_thread(KmipKeyManager, server.settings(version=version))
+    await asyncio.to_thread(manager.create, name, KeySpec.AES_256)
+    for _ in range(5):
+        await asyncio.to_thread(manager.rotate, name)
+    async with lane_to(server, version=version) as lane:
+        made = await run_one(lane, Encrypt(name, b"x"))
+        assert made.version == 6
+        for gone in ((name + "#2",), (name, f"{name}#3", f"{name}#4")):
+            for one in gone:
+                await destroy_version(server, one)
+            assert (await run_one(lane, opening(name, made), epoch=len(gone))).plaintext == b"x"
+            assert (await run_one(lane, Encrypt(name, b"x"), epoch=len(gone))).version == 6
+    assert (await asyncio.to_thread(manager.rotate, name)).versions == (5, 6, 7)
+    await asyncio.to_thread(manager.destroy, name)
+    with client(server) as other:
+        for number in range(5, 8):
+            assert other.locate(attributes=[_name(f"{name}#{number}")]) == []
+    await asyncio.to_thread(manager.close)
+
+
+def test_what_another_has_not_activated_is_passed_by(
+    server: PyKmip, manager: KmipKeyManager
+) -> None:
+    """Create and Activate are two messages: what ends between them leaves a Pre-Active key."""
+    name = new_name()
+    manager.create(name, KeySpec.AES_256)
+    with client(server) as other:
+        other.create(enums.CryptographicAlgorithm.AES, 256, name=f"{name}#2")
+    info = manager.get(name)
+    assert info is not None
+    assert (info.versions, info.problem) == ((1,), "")
+    assert manager.rotate(name).versions == (1, 3)
+    manager.destroy(name)
+    with client(server) as other:
+        assert other.locate(attributes=[_name(f"{name}#2")]) == []
+
+
+def test_nothing_is_said_to_be_done_that_is_not(
+    server: PyKmip, manager: KmipKeyManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = new_name()
+    manager.create(name, KeySpec.AES_256)
+    with pytest.raises(KeyManagerError, match=f"key {name} is there already"):
+        manager.create(name, KeySpec.AES_256)
+    with client(server) as other:  # somebody is faster, after the key was looked up
+        request = manager_module.messages.create
+
+        def late(*arguments: Any) -> Any:
+            other.create(enums.CryptographicAlgorithm.AES, 256, name=f"{name}#2")
+            monkeypatch.setattr(manager_module.messages, "create", request)
+            return request(*arguments)
+
+        monkeypatch.setattr(manager_module.messages, "create", late)
+        with pytest.raises(KeyManagerError, match=f"two keys have the name {name}#2"):
+            manager.rotate(name)
+        assert len(other.locate(attributes=[_name(f"{name}#2")])) == 1
+    assert manager.rotate(name).versions == (1, 3)
+
+    async def nothing(*_: Any) -> None:
+        pass
+
+    monkeypatch.setattr(manager, "_destroy", nothing)
+    with pytest.raises(KeyManagerError, match=f"of key {name} are left: {name}, {name}#2"):
+        manager.destroy(name)
+
+
+def test_a_new_key_is_sensitive(
+    server: PyKmip, manager: KmipKeyManager, caplog: pytest.LogCaptureFixture
+) -> None:
+    name = new_name()
+    manager.create(name, KeySpec.AES_256)
+    with client(server) as other:
+        other.kmip_version = enums.KMIPVersion.KMIP_1_4
+        (uid,) = other.locate(attributes=[_name(name)])
+        _, (sensitive,) = other.get_attributes(uid, ["Sensitive"])
+    assert sensitive.attribute_value.value is True
+    assert f"key {name}: the server takes no Extractable: see that its policy" in caplog.text
+
+
+# ---- what is larger than a message may be ------------------------------------------------------
+
+
+async def test_a_message_that_is_too_large_is_divided(
+    server: PyKmip, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyKMIP takes 1 MiB (and its time for it); messages are kept smaller, but servers differ."""
+    monkeypatch.setattr(connection_module, "_MAX_BATCH_SIZE", 1 << 30)
+    big, small = new_name(), new_name()
+    await in_thread_create(server, big)
+    await in_thread_create(server, small)
+    batch = [Encrypt(big, bytes(46_000))] * 24 + [Encrypt(small, b"x")] * 3
+    async with lane_to(server, operation_timeout_ms=60_000) as lane:
+        outcomes = await run(lane, *batch)
+    assert {type(outcome) for outcome in outcomes} == {Encrypted}
+
+
+async def test_a_wrong_ciphertext_under_a_key_that_only_decrypts(server: PyKmip) -> None:
+    only, probe = new_name(), new_name()
+    await in_thread_create(server, probe)
+    with client(server) as other:
+        key = SymmetricKey(
+            enums.CryptographicAlgorithm.AES, 256, os.urandom(32), name=only,
+            masks=[enums.CryptographicUsageMask.DECRYPT],
+        )  # fmt: skip
+        other.activate(other.register(key))
+    async with lane_to(server, probe_key=probe) as lane:
+        outcome = await run_one(lane, Decrypt(only, bytes(40), bytes(12), 1))
+    assert fault(outcome) is Fault.INVALID_CIPHERTEXT
+
+
+async def test_pykmip_makes_ivs_of_another_size(
+    server: PyKmip, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It draws 16 bytes, whatever it is asked for: that is said, and nothing comes of it."""
+    name = new_name()
+    await in_thread_create(server, name)
+    async with lane_to(server, iv="server") as lane:
+        assert fault(await run_one(lane, Encrypt(name, b"x"))) is Fault.INTERNAL
+    assert "it makes IVs of 16 bytes; set iv to generator" in caplog.text
+    assert "iv" in await start_error(server, iv="server", probe_key=name)

@@ -22,6 +22,14 @@ AAD, TAG = b"additional", bytes(range(16))
 _PARAMETERS = objects.CryptographicParameters(
     block_cipher_mode=enums.BlockCipherMode.GCM,
     cryptographic_algorithm=enums.CryptographicAlgorithm.AES,
+    iv_length=96,
+    tag_length=16,
+)
+_MAKES_IV = objects.CryptographicParameters(
+    block_cipher_mode=enums.BlockCipherMode.GCM,
+    cryptographic_algorithm=enums.CryptographicAlgorithm.AES,
+    random_iv=True,
+    iv_length=96,
     tag_length=16,
 )
 _CBC = objects.CryptographicParameters(
@@ -34,8 +42,6 @@ _PYKMIP_VERSIONS = {(1, 4): enums.KMIPVersion.KMIP_1_4, (2, 0): enums.KMIPVersio
 
 def template() -> objects.TemplateAttribute:
     made = AttributeFactory()
-    name = objects.Attribute.AttributeName
-    del name
     attributes = [
         made.create_attribute(enums.AttributeType.CRYPTOGRAPHIC_ALGORITHM,
                               enums.CryptographicAlgorithm.AES),
@@ -43,9 +49,18 @@ def template() -> objects.TemplateAttribute:
         made.create_attribute(enums.AttributeType.CRYPTOGRAPHIC_USAGE_MASK,
                               [enums.CryptographicUsageMask.ENCRYPT,
                                enums.CryptographicUsageMask.DECRYPT]),
-        made.create_attribute(enums.AttributeType.NAME, "payroll"),
+        made.create_attribute(enums.AttributeType.NAME, "payroll#2"),
+        mark("payroll"),
+        made.create_attribute(enums.AttributeType.SENSITIVE, True),
     ]  # fmt: skip
     return objects.TemplateAttribute(attributes=attributes)
+
+
+def mark(key_id: str) -> Any:
+    return AttributeFactory().create_attribute(
+        enums.AttributeType.APPLICATION_SPECIFIC_INFORMATION,
+        {"application_namespace": "xkiproxy", "application_data": key_id},
+    )
 
 
 def wanted(name: str) -> list[Any]:
@@ -61,6 +76,10 @@ REQUESTS: dict[str, tuple[Any, Any]] = {
         lambda _: messages.encrypt(UID, Cipher(Mode.GCM), DATA, IV, AAD),
         lambda: payloads.EncryptRequestPayload(UID, _PARAMETERS, DATA, IV, AAD),
     ),
+    "encrypt-random-iv": (
+        lambda _: messages.encrypt(UID, Cipher(Mode.GCM), DATA, b"", AAD),
+        lambda: payloads.EncryptRequestPayload(UID, _MAKES_IV, DATA, None, AAD),
+    ),
     "encrypt-cbc": (
         lambda _: messages.encrypt(UID, Cipher(Mode.CBC, messages.PKCS5_PADDING), DATA, b"", b""),
         lambda: payloads.EncryptRequestPayload(UID, _CBC, DATA),
@@ -70,12 +89,17 @@ REQUESTS: dict[str, tuple[Any, Any]] = {
         lambda: payloads.DecryptRequestPayload(UID, _PARAMETERS, DATA, IV, AAD, TAG),
     ),
     "create": (
-        lambda version: messages.create(version, "payroll", 256),
+        # PyKMIP knows of no Extractable.
+        lambda version: messages.create(version, "payroll#2", 256, "payroll", messages.EXTRAS[:2]),
         lambda: payloads.CreateRequestPayload(enums.ObjectType.SYMMETRIC_KEY, template()),
     ),
     "locate": (
         lambda version: messages.locate(version, "payroll"),
         lambda: payloads.LocateRequestPayload(attributes=wanted("payroll")),
+    ),
+    "locate-versions": (
+        lambda version: messages.locate(version, key_id="payroll"),
+        lambda: payloads.LocateRequestPayload(attributes=[wanted("")[0], mark("payroll")]),
     ),
     "get-attributes": (
         lambda _: messages.get_attributes(UID),
@@ -99,7 +123,7 @@ def as_pykmip(version: Version, operation: Op, payload: Any) -> bytes:
     )
     item = other.RequestBatchItem(
         operation=contents_operation(operation),
-        unique_batch_item_id=contents.UniqueBatchItemID(bytes(4)),
+        unique_batch_item_id=contents.UniqueBatchItemID(bytes(8)),
         request_payload=payload,
     )
     stream = utils.BytearrayStream()
@@ -123,6 +147,11 @@ def test_requests_are_those_of_pykmip(name: str, version: Version) -> None:
     assert messages.encode_message(version, [request]) == as_pykmip(version, operation, theirs())
 
 
+ENCRYPTION: Request = messages.encrypt(UID, Cipher(Mode.GCM), DATA, IV, AAD)
+DECRYPTION: Request = messages.decrypt(UID, Cipher(Mode.GCM), DATA, IV, AAD, TAG)
+QUERY: Request = messages.query_operations()
+
+
 def response(version: Version, *items: Any) -> bytes:
     header = other.ResponseHeader(
         protocol_version=contents.ProtocolVersion(*version),
@@ -138,7 +167,7 @@ def response(version: Version, *items: Any) -> bytes:
 def item(index: int, operation: Op, payload: Any) -> Any:
     return other.ResponseBatchItem(
         operation=contents_operation(operation),
-        unique_batch_item_id=contents.UniqueBatchItemID(index.to_bytes(4)),
+        unique_batch_item_id=contents.UniqueBatchItemID(index.to_bytes(8)),
         result_status=contents.ResultStatus(enums.ResultStatus.SUCCESS),
         response_payload=payload,
     )
@@ -147,7 +176,7 @@ def item(index: int, operation: Op, payload: Any) -> Any:
 def refused(index: int, operation: Op, reason: enums.ResultReason) -> Any:
     return other.ResponseBatchItem(
         operation=contents_operation(operation),
-        unique_batch_item_id=contents.UniqueBatchItemID(index.to_bytes(4)),
+        unique_batch_item_id=contents.UniqueBatchItemID(index.to_bytes(8)),
         result_status=contents.ResultStatus(enums.ResultStatus.OPERATION_FAILED),
         result_reason=contents.ResultReason(reason),
         result_message=contents.ResultMessage("Said by the server."),
@@ -161,7 +190,7 @@ def test_answers_of_pykmip_are_understood_in_any_order(version: Version) -> None
         refused(1, Op.DECRYPT, enums.ResultReason.CRYPTOGRAPHIC_FAILURE),
         item(0, Op.ENCRYPT, payloads.EncryptResponsePayload(UID, DATA, IV, TAG)),
     )
-    first, second = messages.decode_message(data, 2)
+    first, second = messages.decode_message(data, [ENCRYPTION, DECRYPTION])
     assert messages.output(first) == DATA
     assert first.payload.octets(Tag.IV_COUNTER_NONCE) == IV
     assert first.payload.octets(Tag.AUTHENTICATION_TAG) == TAG
@@ -172,26 +201,50 @@ def test_answers_of_pykmip_are_understood_in_any_order(version: Version) -> None
 @pytest.mark.parametrize("version", _PYKMIP_VERSIONS, ids=["1.4", "2.0"])
 def test_attributes_of_pykmip_are_understood(version: Version) -> None:
     payload = payloads.GetAttributesResponsePayload(UID, template().attributes)
-    (answer,) = messages.decode_message(response(version, item(0, Op.GET_ATTRIBUTES, payload)), 1)
+    data = response(version, item(0, Op.GET_ATTRIBUTES, payload))
+    (answer,) = messages.decode_message(data, [messages.get_attributes(UID)])
     found = messages.attributes(answer)
     assert found[Tag.CRYPTOGRAPHIC_ALGORITHM] == [messages.AES]
     assert found[Tag.CRYPTOGRAPHIC_LENGTH] == [256]
     assert found[Tag.CRYPTOGRAPHIC_USAGE_MASK] == [12]
     (name,) = found[Tag.NAME]
     assert isinstance(name, Structure)
-    assert name.text(Tag.NAME_VALUE) == "payroll"
+    assert name.text(Tag.NAME_VALUE) == "payroll#2"
 
 
 def test_what_is_no_answer() -> None:
-    request: Request = messages.query_operations()
     with pytest.raises(messages.KmipError, match="no response message"):
-        messages.decode_message(messages.encode_message((1, 4), [request]), 1)
+        messages.decode_message(messages.encode_message((1, 4), [QUERY]), [QUERY])
     one = response((1, 4), refused(0, Op.QUERY, enums.ResultReason.INVALID_MESSAGE))
     with pytest.raises(messages.KmipError, match=r"refuses the message: Said by the server\."):
-        messages.decode_message(one, 2)
+        messages.decode_message(one, [QUERY] * 2)
     twice = item(0, Op.ENCRYPT, payloads.EncryptResponsePayload(UID, DATA))
     with pytest.raises(messages.KmipError, match="answers 2 of 2"):
-        messages.decode_message(response((1, 4), twice, twice), 2)
+        messages.decode_message(response((1, 4), twice, twice), [ENCRYPTION] * 2)
+
+
+def test_an_answer_to_something_else_is_none() -> None:
+    """A server that changes the order must say so: plaintexts of a size could change places."""
+    made = payloads.EncryptResponsePayload(UID, DATA)
+    late = response((1, 4), item(0, Op.ENCRYPT, made), item(1, Op.ENCRYPT, made))
+    with pytest.raises(TtlvError, match="what was not asked"):
+        messages.decode_message(late, [ENCRYPTION] * 2, 2)
+    with pytest.raises(TtlvError, match="another operation"):
+        messages.decode_message(late, [ENCRYPTION, DECRYPTION])
+    nameless = [item(index, Op.ENCRYPT, made) for index in range(2)]
+    for one in nameless:
+        one.unique_batch_item_id = None
+    with pytest.raises(messages.KmipError, match="does not say which"):
+        messages.decode_message(response((1, 4), *nameless), [ENCRYPTION] * 2)
+    (alone,) = messages.decode_message(response((1, 4), nameless[0]), [ENCRYPTION])
+    assert messages.output(alone) == DATA
+
+
+def test_the_servers_words_stay_on_their_line() -> None:
+    one = refused(0, Op.QUERY, enums.ResultReason.GENERAL_FAILURE)
+    one.result_message = contents.ResultMessage("not\n\x1b[31mall")
+    (answer,) = messages.decode_message(response((1, 4), one), [QUERY])
+    assert answer.message == "not\\n\\x1b[31mall"
 
 
 # ---- TTLV ------------------------------------------------------------------------------------
@@ -247,7 +300,6 @@ def test_the_examples_of_the_specification(octets: str, value: object) -> None:
         (GOOD[:-3], "longer than"),
         (GOOD[:5], "cut short"),
         (ttlv.structure(1, b"\x42\x00\x0d\x02\x00\x00\x00\x08" + bytes(8)), "type 2 and 8 bytes"),
-        (ttlv.structure(1, b"\x42\x00\x0d\x0b\x00\x00\x00\x08" + bytes(8)), "type 11"),
         (ttlv.structure(1, b"\x42\x00\x0d\x07\x00\x00\x00\x01\xff" + bytes(7)), "no UTF-8"),
         (ttlv.structure(1, b"\x42\x00\x0d\x08\xff\xff\xff\xff" + bytes(8)), "longer than"),
     ],
@@ -255,6 +307,16 @@ def test_the_examples_of_the_specification(octets: str, value: object) -> None:
 def test_what_is_no_ttlv(data: bytes, complaint: str) -> None:
     with pytest.raises(TtlvError, match=complaint):
         ttlv.decode(data)
+
+
+def test_a_type_that_came_later_is_no_error_and_no_byte_string() -> None:
+    later = b"\x42\x00\x39\x0b\x00\x00\x00\x08" + bytes(8)  # Date-Time Extended (KMIP 2.0)
+    found = ttlv.decode(ttlv.structure(0x420078, later, ttlv.integer(0x42000D, 1)))
+    assert found.find(0x420039) == bytes(8)
+    assert found.number(0x42000D) == 1
+    for ask in (found.octets, found.number):
+        with pytest.raises(TtlvError, match="has no"):
+            ask(0x420039)
 
 
 def test_structures_may_not_stand_too_deep_in_each_other() -> None:

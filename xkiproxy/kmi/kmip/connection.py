@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import ssl
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 from xkiproxy.config.models import KmipSettings, split_address
@@ -12,13 +13,20 @@ from xkiproxy.config.secrets import SecretError
 from xkiproxy.config.tls import TlsError, client_context
 from xkiproxy.kmi.base import BreakReason, LaneError
 from xkiproxy.kmi.kmip import messages, ttlv
-from xkiproxy.kmi.kmip.messages import Answer, KmipError, Op, Request, Version
+from xkiproxy.kmi.kmip.messages import Answer, KmipError, Op, Reason, Request, Version
 from xkiproxy.observability.outlet import reason
 
 NEEDED = (Op.LOCATE, Op.GET_ATTRIBUTES, Op.ENCRYPT, Op.DECRYPT)
 """Without these a server cannot be used."""
 
 _MAX_MESSAGE_SIZE = 4 << 20
+
+_MAX_BATCH_SIZE = 512 << 10
+"""Bytes of requests in a message, and so about those of its answers: servers take and give messages
+of 1 MiB (PyKMIP) and up.
+"""
+
+_log = logging.getLogger(__name__)
 
 
 class Connection(asyncio.Protocol):
@@ -28,7 +36,9 @@ class Connection(asyncio.Protocol):
         """`timeout` in seconds, for each message."""
         self.version: Version = messages.VERSIONS[-1]
         self.operations: frozenset[int] = frozenset()
+        self.max_batch = 1
         self._timeout = timeout
+        self._asked = 0
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._turn = asyncio.Lock()
@@ -36,27 +46,61 @@ class Connection(asyncio.Protocol):
         self._answer: asyncio.Future[bytes] | None = None
         self.broken: asyncio.Future[LaneError] = self._loop.create_future()
 
-    async def ask(self, requests: Sequence[Request]) -> list[Answer]:
-        """Send one message with these requests; their answers, in their order.
+    async def ask(self, requests: Sequence[Request], most: int = 1024) -> list[Answer]:
+        """The answers to these requests, in their order; in one message if the server takes it.
+
+        What is refused alone as it was in a message is an answer that failed. `most`: so many are
+        asked for in a message at most.
 
         Raises:
             LaneError: the connection is of no use any more.
-            KmipError: the server refuses the message as a whole.
         """
-        async with self._turn:
-            data = await self._exchange(messages.encode_message(self.version, requests))
-        try:
-            return messages.decode_message(data, len(requests))
-        except ttlv.TtlvError as error:
-            raise self.end(f"it does not speak KMIP: {error}", BreakReason.DEVICE) from None
+        answers: list[Answer] = []
+        for part in _parts(requests, min(self.max_batch, most)):
+            answers += await self._ask_part(part, self._loop.time() + self._timeout)
+        return answers
 
     async def ask_one(self, request: Request) -> Answer:
         """The answer to one request; raises LaneError or KmipError, also for one that failed."""
         (answer,) = await self.ask([request])
         if answer.failed:
-            words = answer.message or f"reason 0x{answer.reason:x}"
-            raise KmipError(f"{request[0].name}: {words}")
+            raise KmipError(f"{request[0].name}: {messages.words_of(answer)}", answer.reason)
         return answer
+
+    async def ask_at_once(self, requests: Sequence[Request]) -> list[Answer]:
+        """The answers to one message with these requests.
+
+        Raises:
+            LaneError: the connection is of no use any more.
+            KmipError: the server refuses the message as a whole.
+        """
+        first = self._asked
+        self._asked += len(requests)
+        async with self._turn:
+            data = await self._exchange(messages.encode_message(self.version, requests, first))
+        try:
+            return messages.decode_message(data, requests, first)
+        except ttlv.TtlvError as error:
+            raise self.end(f"it does not speak KMIP: {error}", BreakReason.DEVICE) from None
+
+    async def _ask_part(self, part: Sequence[Request], until: float) -> list[Answer]:
+        """One message; if it is refused as a whole, its halves, until the time is over.
+
+        It may be too large, or one of them cannot be read: the others are not to suffer for it.
+        """
+        try:
+            return await self.ask_at_once(part)
+        except KmipError as error:
+            if len(part) == 1:
+                return [_failed(error.reason, error)]
+            if self._loop.time() > until:
+                # Nothing was shown to be wrong with any of them.
+                return [_failed(Reason.INTERNAL_SERVER_ERROR, error) for _ in part]
+        half = len(part) // 2
+        return [
+            *await self._ask_part(part[:half], until),
+            *await self._ask_part(part[half:], until),
+        ]
 
     async def _exchange(self, message: bytes) -> bytes:
         if self.broken.done():
@@ -109,6 +153,22 @@ class Connection(asyncio.Protocol):
         elif len(received) == size and not self._answer.done():
             self._answer.set_result(bytes(received))
             received.clear()
+
+
+def _failed(reason: int, error: KmipError) -> Answer:
+    return Answer(ttlv.Structure(0, []), True, reason, str(error))
+
+
+def _parts(requests: Sequence[Request], most: int) -> Iterator[Sequence[Request]]:
+    """The requests in messages of at most so many, and of a size that servers take."""
+    start, size = 0, 0
+    for index, (_, payload) in enumerate(requests):
+        size += len(payload)
+        if index > start and (index - start == most or size > _MAX_BATCH_SIZE):
+            yield requests[start:index]
+            start, size = index, len(payload)
+    if start < len(requests):
+        yield requests[start:]
 
 
 async def connect(settings: KmipSettings, index: int) -> Connection:
@@ -171,6 +231,7 @@ async def _agree(connection: Connection, settings: KmipSettings) -> None:
     else:
         major, _, minor = settings.version.partition(".")
         connection.version = (int(major), int(minor))
+    connection.max_batch = await _batch_of(connection, settings)
     found = messages.queried(await connection.ask_one(messages.query_operations()))
     connection.operations = frozenset(value for value in found if isinstance(value, int))
     missing = [operation for operation in NEEDED if operation not in connection.operations]
@@ -183,3 +244,20 @@ async def _agree(connection: Connection, settings: KmipSettings) -> None:
         raise KmipError(
             'the server lacks RNG_RETRIEVE: random = "generator" lets the proxy draw random bytes'
         )
+
+
+async def _batch_of(connection: Connection, settings: KmipSettings) -> int:
+    """How many operations a message may have: servers need not take more than one."""
+    if settings.max_batch == 1:
+        return 1
+    try:
+        await connection.ask_at_once([messages.query_operations()] * 2)
+    except KmipError as error:
+        _log.warning(
+            "KMI %s: %s takes one operation in a message, so each costs a round trip: %s",
+            settings.name,
+            ", ".join(settings.address),
+            error,
+        )
+        return 1
+    return settings.max_batch

@@ -6,7 +6,7 @@ structures, 2.x by their tags within one `Attributes` structure.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -23,6 +23,9 @@ VERSIONS: tuple[Version, ...] = ((2, 1), (2, 0), (1, 4))
 class Tag(IntEnum):
     """The tags in use (KMIP 2.1, section 11.55)."""
 
+    APPLICATION_DATA = 0x420002
+    APPLICATION_NAMESPACE = 0x420003
+    APPLICATION_SPECIFIC_INFORMATION = 0x420004
     ATTRIBUTE = 0x420008
     ATTRIBUTE_NAME = 0x42000A
     ATTRIBUTE_VALUE = 0x42000B
@@ -63,9 +66,13 @@ class Tag(IntEnum):
     UNIQUE_IDENTIFIER = 0x420094
     DATA = 0x4200C2
     DATA_LENGTH = 0x4200C4
+    RANDOM_IV = 0x4200C5
+    IV_LENGTH = 0x4200CD
     TAG_LENGTH = 0x4200CE
     ADDITIONAL_DATA = 0x4200FE
     AUTHENTICATION_TAG = 0x4200FF
+    SENSITIVE = 0x420120
+    EXTRACTABLE = 0x420122
     ATTRIBUTES = 0x420125
 
 
@@ -86,7 +93,7 @@ class Op(IntEnum):
 
 
 class Reason(IntEnum):
-    """Why an operation failed, as far as it matters here."""
+    """Why an operation failed, as far as it matters here (KMIP 2.1, Result Reason Enumeration)."""
 
     ITEM_NOT_FOUND = 0x01
     AUTHENTICATION_NOT_SUCCESSFUL = 0x03
@@ -98,8 +105,14 @@ class Reason(IntEnum):
     PERMISSION_DENIED = 0x0C
     OBJECT_ARCHIVED = 0x0D
     BAD_CRYPTOGRAPHIC_PARAMETERS = 0x24
+    INTERNAL_SERVER_ERROR = 0x2A
     OBJECT_DESTROYED = 0x36
+    OBJECT_NOT_FOUND = 0x37
+    NOT_AUTHORISED = 0x39
+    SERVER_LIMIT_EXCEEDED = 0x3A
+    UNSUPPORTED_CRYPTOGRAPHIC_PARAMETERS = 0x3E
     WRONG_KEY_LIFECYCLE_STATE = 0x43
+    PROTECTION_STORAGE_UNAVAILABLE = 0x44
     GENERAL_FAILURE = 0x100
 
 
@@ -116,6 +129,8 @@ SYMMETRIC_KEY = 0x02
 ENCRYPT_BIT, DECRYPT_BIT = 0x04, 0x08
 NO_PADDING, PKCS5_PADDING = 0x01, 0x03
 
+_NAMESPACE = "xkiproxy"
+_ID_SIZE = 8
 _CONTINUE = 0x01
 _SUCCESS = 0x00
 _TEXT_NAME = 0x01
@@ -126,15 +141,21 @@ Request = tuple[Op, bytes]
 """An operation and its encoded payload."""
 
 _NAMES = {
+    "Application Specific Information": Tag.APPLICATION_SPECIFIC_INFORMATION,
     "Cryptographic Algorithm": Tag.CRYPTOGRAPHIC_ALGORITHM,
     "Cryptographic Length": Tag.CRYPTOGRAPHIC_LENGTH,
     "Cryptographic Usage Mask": Tag.CRYPTOGRAPHIC_USAGE_MASK,
+    "Extractable": Tag.EXTRACTABLE,
     "Initial Date": Tag.INITIAL_DATE,
     "Name": Tag.NAME,
     "Object Type": Tag.OBJECT_TYPE,
+    "Sensitive": Tag.SENSITIVE,
     "State": Tag.STATE,
 }
 _TEXTS = {tag: name for name, tag in _NAMES.items()}
+
+EXTRAS = (Tag.APPLICATION_SPECIFIC_INFORMATION, Tag.SENSITIVE, Tag.EXTRACTABLE)
+"""Attributes of what is made here that a server need not have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,22 +169,33 @@ class Answer:
 
 
 class KmipError(Exception):
-    """A request failed as a whole, or an answer makes no sense; the text says why."""
+    """A request failed, or an answer makes no sense; the text says why.
+
+    `reason` is the server's, 0 where it gives none.
+    """
+
+    def __init__(self, text: str, reason: int = 0) -> None:
+        super().__init__(text)
+        self.reason = reason
 
 
 # ---- messages --------------------------------------------------------------------------------
 
 
-def encode_message(version: Version, requests: Sequence[Request]) -> bytes:
-    """A request message; each operation is done whatever comes of the others."""
+def encode_message(version: Version, requests: Sequence[Request], first: int = 0) -> bytes:
+    """A request message; each operation is done whatever comes of the others.
+
+    `first` numbers its items: no two of a connection have the same ID, so that an answer to another
+    message is never taken for one to this.
+    """
     items = [
         ttlv.structure(
             Tag.BATCH_ITEM,
             ttlv.enumeration(Tag.OPERATION, operation),
-            ttlv.octets(Tag.UNIQUE_BATCH_ITEM_ID, _item_id(index)),
+            ttlv.octets(Tag.UNIQUE_BATCH_ITEM_ID, _item_id(number)),
             payload,
         )
-        for index, (operation, payload) in enumerate(requests)
+        for number, (operation, payload) in enumerate(requests, first)
     ]
     header = ttlv.structure(
         Tag.REQUEST_HEADER,
@@ -174,29 +206,50 @@ def encode_message(version: Version, requests: Sequence[Request]) -> bytes:
     return ttlv.structure(Tag.REQUEST_MESSAGE, header, *items)
 
 
-def decode_message(data: bytes, count: int) -> list[Answer]:
-    """The answers to `count` requests, in their order.
+def decode_message(data: bytes, requests: Sequence[Request], first: int = 0) -> list[Answer]:
+    """The answers to the requests of a message, in their order.
 
     Raises:
         KmipError: the message is refused as a whole, or is not the answer to so many.
-        TtlvError: it is malformed.
+        TtlvError: it is malformed, or answers something else.
     """
-    message = ttlv.decode(data)
+    message, count = ttlv.decode(data), len(requests)
     if message.tag != Tag.RESPONSE_MESSAGE:
         raise KmipError("the server's answer is no response message")
     message.structure(Tag.RESPONSE_HEADER)
     items = [item for item in message.all(Tag.BATCH_ITEM) if isinstance(item, Structure)]
+    if len(items) == 1 < count:
+        refusal = _answer(items[0])
+        if refusal.failed:
+            words = f"the server refuses the message: {words_of(refusal)}"
+            raise KmipError(words, refusal.reason)
     found: dict[int, Answer] = {}
-    for position, item in enumerate(items):
-        name = item.find(Tag.UNIQUE_BATCH_ITEM_ID)
-        # What is refused before its items are looked at has no ID.
-        index = int.from_bytes(name) if isinstance(name, bytes) and len(name) == 4 else position
+    for item in items:
+        index = _index(item, first, count)
+        operation = item.find(Tag.OPERATION)
+        if operation is not None and operation != requests[index][0]:
+            raise TtlvError("it answers another operation than was asked for")
         found[index] = _answer(item)
-    if len(items) == 1 and count > 1 and found.get(0) and found[0].failed:
-        raise KmipError(f"the server refuses the message: {_words(found[0])}")
-    if sorted(found) != list(range(count)):
+    if len(items) != count or len(found) != count:
         raise KmipError(f"the server answers {len(items)} of {count} operations")
     return [found[index] for index in range(count)]
+
+
+def _index(item: Structure, first: int, count: int) -> int:
+    """Which request an item answers. The server must say it (KMIP 1.4, section 6.4).
+
+    Without, two ciphertexts of a size could change places. Only what stands alone needs none:
+    the refusal of a message before its items were looked at has none.
+    """
+    name = item.find(Tag.UNIQUE_BATCH_ITEM_ID)
+    if name is None and count == 1:
+        return 0
+    if type(name) is not bytes:
+        raise KmipError("the server does not say which operations its answers belong to")
+    index = int.from_bytes(name) - first
+    if len(name) != _ID_SIZE or not 0 <= index < count:
+        raise TtlvError("it answers what was not asked")
+    return index
 
 
 def _answer(item: Structure) -> Answer:
@@ -208,16 +261,22 @@ def _answer(item: Structure) -> Answer:
         Structure(0, []),
         True,
         reason if isinstance(reason, int) else 0,
-        message[:200] if isinstance(message, str) else "",
+        _on_one_line(message[:200]) if isinstance(message, str) else "",
     )
 
 
-def _words(answer: Answer) -> str:
+def _on_one_line(text: str) -> str:
+    """The server's words go to logs and to people's terminals, its control characters do not."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+def words_of(answer: Answer) -> str:
+    """Why an operation failed, in the server's words; for administrators."""
     return answer.message or f"reason 0x{answer.reason:x}"
 
 
-def _item_id(index: int) -> bytes:
-    return index.to_bytes(4)
+def _item_id(number: int) -> bytes:
+    return number.to_bytes(_ID_SIZE)
 
 
 def _protocol_version(version: Version) -> bytes:
@@ -260,11 +319,13 @@ def queried(answer: Answer) -> set[Value]:
 # ---- keys ------------------------------------------------------------------------------------
 
 
-def locate(version: Version, name: str | None = None) -> Request:
-    """The symmetric keys with a name, or all."""
+def locate(version: Version, name: str | None = None, key_id: str | None = None) -> Request:
+    """The symmetric keys with a name, or those that are marked as versions of a key, or all."""
     wanted = [_attribute(version, Tag.OBJECT_TYPE, _enumerated(SYMMETRIC_KEY))]
     if name is not None:
         wanted.append(_attribute(version, Tag.NAME, _named(name)))
+    if key_id is not None:
+        wanted.append(_attribute(version, Tag.APPLICATION_SPECIFIC_INFORMATION, _mark(key_id)))
     if version >= (2, 0):
         wanted = [ttlv.structure(Tag.ATTRIBUTES, *wanted)]
     return Op.LOCATE, ttlv.structure(Tag.REQUEST_PAYLOAD, *wanted)
@@ -296,14 +357,27 @@ def attributes(answer: Answer) -> dict[int, list[Value]]:
     return found
 
 
-def create(version: Version, name: str, bits: int) -> Request:
-    """Make an AES key of so many bits for encryption and decryption."""
+def create(
+    version: Version, name: str, bits: int, key_id: str, extras: Collection[Tag] = EXTRAS
+) -> Request:
+    """Make an AES key of so many bits for encryption and decryption.
+
+    `extras`: marked as a version of `key_id`; Sensitive, so that it leaves the server wrapped at
+    most; not Extractable, so that it does not leave it at all (KMIP 1.4, sections 3.36, 3.48 and
+    3.50).
+    """
     wanted = [
         _attribute(version, Tag.CRYPTOGRAPHIC_ALGORITHM, _enumerated(AES)),
         _attribute(version, Tag.CRYPTOGRAPHIC_LENGTH, _numbered(bits)),
         _attribute(version, Tag.CRYPTOGRAPHIC_USAGE_MASK, _numbered(ENCRYPT_BIT | DECRYPT_BIT)),
         _attribute(version, Tag.NAME, _named(name)),
     ]
+    more = {
+        Tag.APPLICATION_SPECIFIC_INFORMATION: _mark(key_id),
+        Tag.SENSITIVE: _truth(True),
+        Tag.EXTRACTABLE: _truth(False),
+    }
+    wanted += [_attribute(version, tag, encode) for tag, encode in more.items() if tag in extras]
     group = Tag.ATTRIBUTES if version >= (2, 0) else Tag.TEMPLATE_ATTRIBUTE
     kind = ttlv.enumeration(Tag.OBJECT_TYPE, SYMMETRIC_KEY)
     return Op.CREATE, ttlv.structure(Tag.REQUEST_PAYLOAD, kind, ttlv.structure(group, *wanted))
@@ -344,9 +418,22 @@ def _numbered(value: int) -> Callable[[int], bytes]:
     return lambda tag: ttlv.integer(tag, value)
 
 
+def _truth(value: bool) -> Callable[[int], bytes]:
+    return lambda tag: ttlv.boolean(tag, value)
+
+
 def _named(name: str) -> Callable[[int], bytes]:
     kind = ttlv.enumeration(Tag.NAME_TYPE, _TEXT_NAME)
     return lambda tag: ttlv.structure(tag, ttlv.text(Tag.NAME_VALUE, name), kind)
+
+
+def _mark(key_id: str) -> Callable[[int], bytes]:
+    """What all versions of a key have in common (KMIP 1.4, section 3.36)."""
+    parts = (
+        ttlv.text(Tag.APPLICATION_NAMESPACE, _NAMESPACE),
+        ttlv.text(Tag.APPLICATION_DATA, key_id),
+    )
+    return lambda tag: ttlv.structure(tag, *parts)
 
 
 # ---- operations ------------------------------------------------------------------------------
@@ -361,8 +448,8 @@ class Cipher:
 
 
 def encrypt(uid: str, cipher: Cipher, data: bytes, iv: bytes, aad: bytes) -> Request:
-    """Encrypt; without `iv` the server makes one."""
-    items = [_cipher(uid, cipher), ttlv.octets(Tag.DATA, data)]
+    """Encrypt; under GCM the server makes an IV if none is given."""
+    items = [_cipher(uid, cipher, makes_iv=not iv), ttlv.octets(Tag.DATA, data)]
     if iv:
         items.append(ttlv.octets(Tag.IV_COUNTER_NONCE, iv))
     if aad:
@@ -382,18 +469,21 @@ def decrypt(uid: str, cipher: Cipher, data: bytes, iv: bytes, aad: bytes, tag: b
     return Op.DECRYPT, ttlv.structure(Tag.REQUEST_PAYLOAD, *items)
 
 
-def _cipher(uid: str, cipher: Cipher) -> bytes:
+def _cipher(uid: str, cipher: Cipher, makes_iv: bool = False) -> bytes:
+    """Under GCM the lengths of IV (in bits) and tag must be given (KMIP 1.4, section 3.6)."""
     items = [ttlv.enumeration(Tag.BLOCK_CIPHER_MODE, cipher.mode)]
     if cipher.padding:
         items.append(ttlv.enumeration(Tag.PADDING_METHOD, cipher.padding))
     items.append(ttlv.enumeration(Tag.CRYPTOGRAPHIC_ALGORITHM, AES))
     if cipher.mode is Mode.GCM:
-        items.append(ttlv.integer(Tag.TAG_LENGTH, _TAG_SIZE))
+        if makes_iv:
+            items.append(ttlv.boolean(Tag.RANDOM_IV, True))
+        items.append(_GCM_LENGTHS)
     parameters = ttlv.structure(Tag.CRYPTOGRAPHIC_PARAMETERS, *items)
     return ttlv.text(Tag.UNIQUE_IDENTIFIER, uid) + parameters
 
 
-_TAG_SIZE = 16
+_GCM_LENGTHS = ttlv.integer(Tag.IV_LENGTH, 96) + ttlv.integer(Tag.TAG_LENGTH, 16)
 
 
 def output(answer: Answer) -> bytes:
@@ -401,7 +491,7 @@ def output(answer: Answer) -> bytes:
     value = answer.payload.find(Tag.DATA)
     if value is None:
         return b""
-    if not isinstance(value, bytes):
+    if type(value) is not bytes:
         raise TtlvError("the data is no byte string")
     return value
 

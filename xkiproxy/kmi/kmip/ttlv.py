@@ -22,6 +22,7 @@ _PADDING = [bytes(-size % 8) for size in range(8)]
 
 _UNSIGNED = (ENUMERATION, BOOLEAN, INTERVAL)
 _SIZES = {INTEGER: 4, LONG: 8, ENUMERATION: 4, BOOLEAN: 8, DATE_TIME: 8, INTERVAL: 4}
+_KINDS = {*_SIZES, BIG_INTEGER}
 
 
 class TtlvError(Exception):
@@ -111,8 +112,18 @@ class Structure:
         return value
 
 
+class Raw(bytes):
+    """The bytes of a value whose type is not known here; it is no byte string.
+
+    KMIP 2.0 has added the first one (Date-Time Extended, 2.1, section 9.1.2), and attributes that
+    nobody here asks for may have it.
+    """
+
+
 Value = int | bool | str | bytes | Structure
-"""Numbers (also enumerations, and times in seconds), truth values, texts, bytes, structures."""
+"""Numbers (also enumerations, and times in seconds), truth values, texts, bytes, structures; and
+`Raw`.
+"""
 
 
 def message_size(header: bytes | bytearray) -> int:
@@ -124,7 +135,7 @@ def decode(data: bytes) -> Structure:
     """Decode one structure, which takes all of the bytes.
 
     Raises:
-        TtlvError: a type is unknown, a length does not fit, or something follows.
+        TtlvError: a length does not fit, a text is none, or something follows.
     """
     items = _items(data, 0, len(data), 0)
     if len(items) != 1 or type(items[0][1]) is not Structure:
@@ -159,7 +170,9 @@ def _value(data: bytes, word: int, begin: int, size: int, depth: int) -> Value:
             return data[begin : begin + size].decode()
         except UnicodeDecodeError:
             raise TtlvError(f"0x{word >> 8:06x} is no UTF-8") from None
-    if kind != BIG_INTEGER and _SIZES.get(kind) != size:
+    if kind not in _KINDS:
+        return Raw(data[begin : begin + size])
+    if kind != BIG_INTEGER and _SIZES[kind] != size:
         raise TtlvError(f"0x{word >> 8:06x} has type {kind} and {size} bytes")
     is_signed = kind not in _UNSIGNED
     number = int.from_bytes(data[begin : begin + size], signed=is_signed)
