@@ -321,6 +321,8 @@ async def test_a_refused_login_is_never_tried_again(start: Start) -> None:
     await until(lambda: all(task.done() for task in kmi._supervisors))
     assert kmi.launcher.launches == before + 1
     assert (kmi.state, kmi.error) == (KmiState.DISCONNECTED, "the token refused the PIN")
+    assert kmi.lanes == [LaneState.FAILED] * 3
+    assert sample(kmi, "xkiproxy_kmi_lane_restarts_total", reason="login") == 1
     assert await fault(kmi, 1) is Fault.UNAVAILABLE
 
 

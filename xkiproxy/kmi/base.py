@@ -16,6 +16,7 @@ from typing import Protocol
 
 from xkiproxy.crypto.algorithms import KeySpec, Usage
 from xkiproxy.crypto.operations import Operation, OperationError, Result
+from xkiproxy.observability.logging import utf8
 
 _KEY_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
@@ -119,7 +120,7 @@ class LaneError(Exception):
 
     def __init__(self, message: str, reason: BreakReason, started: bool = True) -> None:
         super().__init__(message, reason)
-        self.message = message
+        self.message = utf8(message)  # it may name a file, and is sent on in JSON
         self.reason = reason
         self.started = started
 

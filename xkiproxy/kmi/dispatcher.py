@@ -225,10 +225,10 @@ class InlineKmi:
         self._lane.close()
 
     def _become(self, state: KmiState, error: str) -> None:
+        self.error = utf8(error)  # it may name a file
         if state is not self.state:
-            _log_state(self.name, state, error)
+            _log_state(self.name, state, self.error)
         self.state = state
-        self.error = utf8(error)
         if error:
             self.last_error = Trouble(self.error, datetime.now(UTC))
         self._metrics.set_state(state)
@@ -456,8 +456,9 @@ class QueuedKmi:
             try:
                 lane = await self._start(index)
             except LaneError as error:
+                if error is not self._login_refused:  # which was counted when it was tried
+                    self._metrics.restarted(error.reason)
                 self._start_failed(index, error)
-                self._metrics.restarted(error.reason)
                 if error.reason is BreakReason.LOGIN:
                     return
             else:
@@ -500,7 +501,7 @@ class QueuedKmi:
         self._lanes[index] = lane
         self._failures[index] = ""
         # Why others are still away, rather than why this one was.
-        self.error = utf8(next(filter(None, self._failures), self.error))
+        self.error = next(filter(None, self._failures), self.error)
         self._idle.append(lane)
         self._breaker_open = False
         self._become()
@@ -530,7 +531,7 @@ class QueuedKmi:
         self._settled.set()
 
     def _note(self, error: LaneError) -> None:
-        self.error = utf8(error.message)
+        self.error = error.message
         self.last_error = Trouble(self.error, datetime.now(UTC))
 
     def _become(self) -> None:
