@@ -363,8 +363,7 @@ def create(
     """Make an AES key of so many bits for encryption and decryption.
 
     `extras`: marked as a version of `key_id`; Sensitive, so that it leaves the server wrapped at
-    most; not Extractable, so that it does not leave it at all (KMIP 1.4, sections 3.36, 3.48 and
-    3.50).
+    most; not Extractable, so that it does not leave it at all (attributes of KMIP 1.4).
     """
     wanted = [
         _attribute(version, Tag.CRYPTOGRAPHIC_ALGORITHM, _enumerated(AES)),
