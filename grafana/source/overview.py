@@ -8,6 +8,7 @@ from grafana.source.panels import (
     FAILED,
     GREEN,
     HERE,
+    INSTALLATION,
     KMI,
     LATENCY,
     NONE_IS_GOOD,
@@ -30,12 +31,13 @@ from grafana.source.panels import (
 _REQUESTS = "xkiproxy_requests_total"
 _DURATION = "xkiproxy_request_duration_seconds"
 _OURS = f'{HERE},job=~".*xkiproxy.*"'
+_RECORDED = f'{INSTALLATION},keystore=~"$keystore"'
 _RATIO = "keystore:xkiproxy_failures:ratio_rate"
 _BUDGET = (
-    "1 - (sum(sum_over_time(keystore:xkiproxy_failures:rate5m{{{0}}}[30d]))"
-    " / sum(sum_over_time(keystore:xkiproxy_eligible:rate5m{{{0}}}[30d])))"
+    f"1 - (sum(sum_over_time(keystore:xkiproxy_failures:rate5m{{{_RECORDED}}}[30d]))"
+    f" / sum(sum_over_time(keystore:xkiproxy_eligible:rate5m{{{_RECORDED}}}[30d])))"
     " / (1 - scalar(xkiproxy:availability_objective:ratio))"
-).format('keystore=~"$keystore"')
+)
 
 KMI_STATES = {2: ("connected", GREEN), 1: ("degraded", YELLOW), 0: ("disconnected", RED)}
 KMI_STATE = (
@@ -139,8 +141,10 @@ def dashboard() -> Dashboard:
                     "objective of 99.95% allows, and 14.4 times as much, at which somebody is "
                     "woken. Needs recording.yml.",
                     {
-                        "{{keystore}} 1 h": f'{_RATIO}1h{{keystore=~"$keystore"}}',
-                        "{{keystore}} 5 min": f'{_RATIO}5m{{keystore=~"$keystore"}}',
+                        f"{{{{namespace}}}} {{{{job}}}} {{{{keystore}}}} {window}": (
+                            f"{_RATIO}{window}{{{_RECORDED}}}"
+                        )
+                        for window in ("1h", "5m")
                     },
                     "percentunit",
                     width=8,

@@ -48,7 +48,7 @@ def test_the_models_of_the_sdk_read_it_whole(path: Path) -> None:
 @pytest.mark.parametrize("path", BOARDS, ids=lambda path: path.stem)
 def test_a_dashboard_has_its_variables(path: Path) -> None:
     variables = [variable["name"] for variable in board(path)["templating"]["list"]]
-    assert variables == ["datasource", "instance", "keystore", "kmi"]
+    assert variables == ["datasource", "namespace", "job", "instance", "keystore", "kmi"]
 
 
 @pytest.mark.parametrize("path", BOARDS, ids=lambda path: path.stem)
