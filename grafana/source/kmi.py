@@ -201,6 +201,14 @@ def dashboard() -> Dashboard:
                 ),
             ],
             "Failover": [
+                states(
+                    "Left alone",
+                    "Whether key stores with another KMI ask that one first, as this one failed. "
+                    "Now and then one request tries it; a success ends the pause. Good: no. It "
+                    "stays yes while nothing comes, since nobody tries.",
+                    {"{{instance}} {{kmi}}": f"xkiproxy_kmi_left_alone{{{KMI}}}"},
+                    {0: ("no", GREEN), 1: ("yes", YELLOW)},
+                ),
                 plot(
                     "Failovers",
                     "Requests that a KMI further down the list served. Good: none while the first "

@@ -128,9 +128,11 @@ def dashboard() -> Dashboard:
                     "Failures of ours",
                     "Answers by which the proxy or its KMI failed: 5xx. Good: none.",
                     {
+                        # All are there from 0 on: only those that happen are named.
                         "{{keystore}} {{operation}} {{code}}": rate(
                             _REQUESTS, "keystore", "operation", "code", where=f"{STORE},{FAILED}"
                         )
+                        + " > 0"
                     },
                     "reqps",
                     width=8,
