@@ -84,8 +84,8 @@ def dashboard() -> Dashboard:
                     "Error budget, 30 days",
                     "What is left of the failures that the objective allows in 30 days. Good: "
                     "more than the share of the 30 days that is left. Below 0 the objective is "
-                    "missed. Needs recording.yml, and a Prometheus that keeps 30 days: days that it "
-                    "does not have count as the mean of the others.",
+                    "missed. Needs recording.yml, and a Prometheus that keeps 30 days: those that "
+                    "it does not have count as the mean of the others.",
                     _BUDGET,
                     "percentunit",
                     steps=((None, RED), (0, YELLOW), (0.25, GREEN)),

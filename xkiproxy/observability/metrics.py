@@ -41,7 +41,7 @@ class Metrics:
             "stage", bounds=_STAGE_BUCKETS,
         )  # fmt: skip
         self.auth_failures = counter(
-            "xkiproxy_auth_failures", "Requests not authenticated.", "keystore", "reason"
+            "xkiproxy_auth_failures", "Requests not authenticated, or denied.", "keystore", "reason"
         )
         self.shed = counter(
             "xkiproxy_shed", "Requests refused to protect the rest.", "keystore", "reason"
@@ -58,7 +58,7 @@ class Metrics:
             "xkiproxy_kmi_lanes", "Lanes of a KMI, by what they do.", "kmi", "state"
         )
         self.kmi_lane_restarts = counter(
-            "xkiproxy_kmi_lane_restarts", "Lanes replaced.", "kmi", "reason"
+            "xkiproxy_kmi_lane_restarts", "Lanes that broke or did not start.", "kmi", "reason"
         )
         self.kmi_queue_depth = gauge(
             "xkiproxy_kmi_queue_depth", "Operations waiting for a lane.", "kmi"
