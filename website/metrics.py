@@ -56,7 +56,9 @@ LABELS = {
     "auth_failures.reason": (
         f"{_list(REASONS)}: see the [runbook](runbook.md#xkiproxysignaturefailures)."
     ),
-    "shed.reason": "`overload`, `connections`, `quota_all`, `quota_key`, `quota_principal`.",
+    "shed.reason": (
+        "`overload`, `replay_window`, `connections`, `quota_all`, `quota_key`, `quota_principal`."
+    ),
     "proxy_protocol_refused.reason": "`untrusted`, `malformed`, `timeout`, `limit`.",
     "kmi_lane_restarts.reason": f"{_list(BreakReason)}.",
     "kmi": "The KMI's name.",

@@ -75,7 +75,8 @@ def dashboard() -> Dashboard:
                     f'sum(rate({_REQUESTS}{{{STORE},code="OK"}}[$__range]))'
                     f' / sum(rate({_REQUESTS}{{{STORE},code="OK"}}[$__range])'
                     f" or rate({_REQUESTS}{{{STORE},{FAILED}}}[$__range])"
-                    f' or rate(xkiproxy_shed_total{{{STORE},reason="overload"}}[$__range]))',
+                    f' or rate(xkiproxy_shed_total{{{STORE},keystore!="",reason!~"quota_.*"}}'
+                    "[$__range]))",
                     "percentunit",
                     steps=((None, RED), (0.999, YELLOW), (0.9995, GREEN)),
                     decimals=3,
