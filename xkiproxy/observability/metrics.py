@@ -58,7 +58,10 @@ class Metrics:
             "xkiproxy_kmi_lanes", "Lanes of a KMI, by what they do.", "kmi", "state"
         )
         self.kmi_lane_restarts = counter(
-            "xkiproxy_kmi_lane_restarts", "Lanes that broke or did not start.", "kmi", "reason"
+            "xkiproxy_kmi_lane_restarts",
+            "Lanes that broke or could not be started.",
+            "kmi",
+            "reason",
         )
         self.kmi_queue_depth = gauge(
             "xkiproxy_kmi_queue_depth", "Operations waiting for a lane.", "kmi"
