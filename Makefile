@@ -3,7 +3,7 @@
 #   make test   linters and all tests
 #   make dashboards   grafana/dashboards anew, after a change in grafana/source
 #   make pictures     the pictures of the dashboards in docs/images, from a run with planted failures
-#   make references   the tables of docs/configuration.md and docs/commands.md anew
+#   make references   the tables of docs/configuration.md, docs/commands.md and docs/metrics.md anew
 #   make docs   the documentation as a site, in site/
 #   make deb    the Debian package, dist/xkiproxy_VERSION_ARCH.deb
 #   make bench  the benchmark with its targets; make bench-quick in a minute

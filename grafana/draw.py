@@ -71,7 +71,7 @@ class Span:
         known = {
             "__rate_interval": f"{math.ceil(rate)}s",
             "__range": f"{math.ceil(self.end - self.start)}s",
-            "instance": ".*", "keystore": ".*", "kmi": ".*",
+            "namespace": ".*", "job": ".*", "instance": ".*", "keystore": ".*", "kmi": ".*",
         }  # fmt: skip
         return re.sub(r"\$(\w+)", lambda found: known[found[1]], expression)
 

@@ -1,4 +1,4 @@
-"""Writes the references in docs/ anew: the configuration's tables, the commands.
+"""Writes the references in docs/ anew: the configuration's tables, the commands, the metrics.
 
 Example: `python -m website`
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from website import commands, configuration
+from website import commands, configuration, metrics
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
@@ -18,6 +18,7 @@ def references() -> dict[str, str]:
     return {
         "configuration.md": configuration.with_tables(written),
         "commands.md": commands.page(),
+        "metrics.md": metrics.page(),
     }
 
 

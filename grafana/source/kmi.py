@@ -29,6 +29,7 @@ _BATCH = "xkiproxy_kmi_batch_size"
 _LANES = "xkiproxy_kmi_lanes"
 _QUEUE = "xkiproxy_kmi_queue"
 _OPERATIONS = "xkiproxy_kmi_operations_total"
+_LATE = 'outcome=~"deadline_exceeded|throttled"'
 
 
 def dashboard() -> Dashboard:
@@ -75,17 +76,35 @@ def dashboard() -> Dashboard:
                 ),
             ],
             "Queue and batches": [
+                plot(
+                    "Operations too late",
+                    "The share of operations that missed their deadline, or that the KMI refused "
+                    "for want of time. Good: none. With another KMI in the key store's list that "
+                    "one is asked next.",
+                    {
+                        "{{instance}} {{kmi}}": rate(
+                            _OPERATIONS, "instance", "kmi", where=f"{KMI},{_LATE}"
+                        )
+                        + " / "
+                        + rate(_OPERATIONS, "instance", "kmi", where=KMI)
+                    },
+                    "percentunit",
+                    width=6,
+                    top=1,
+                    steps=((None, GREEN), (0.05, RED)),
+                ),
                 bars(
                     "Queue, against its capacity",
-                    "The share of the queue that is taken. Good: near 0. At 100% requests are "
-                    "refused; before that they miss their deadline.",
+                    "The share of the queues of all workers that is taken. Good: near 0. When the "
+                    "queue of a worker is full it refuses; what waits long misses its deadline "
+                    "far earlier: how many wait matters less than how fast they go.",
                     {
                         "{{instance}} {{kmi}}": f"{_QUEUE}_depth{{{KMI}}}"
                         f" / {_QUEUE}_capacity{{{KMI}}}"
                     },
                     "percentunit",
                     ((None, GREEN), (0.25, YELLOW), (0.5, RED)),
-                    width=6,
+                    width=4,
                 ),
                 plot(
                     "Operations that wait",
@@ -96,7 +115,7 @@ def dashboard() -> Dashboard:
                             f"{_QUEUE}_depth", "instance", "kmi", where=KMI
                         )
                     },
-                    width=9,
+                    width=7,
                 ),
                 plot(
                     "Batch size",
@@ -107,7 +126,7 @@ def dashboard() -> Dashboard:
                         "{{kmi}} mean": mean(_BATCH, "kmi", where=KMI),
                         "{{kmi}} p99": quantile(0.99, _BATCH, "kmi", where=KMI),
                     },
-                    width=9,
+                    width=7,
                 ),
             ],
             "Operations": [
@@ -182,6 +201,14 @@ def dashboard() -> Dashboard:
                 ),
             ],
             "Failover": [
+                states(
+                    "Left alone",
+                    "Whether key stores with another KMI ask that one first, as this one failed. "
+                    "Now and then one request tries it; a success ends the pause. Good: no. It "
+                    "stays yes while nothing comes, since nobody tries.",
+                    {"{{instance}} {{kmi}}": f"xkiproxy_kmi_left_alone{{{KMI}}}"},
+                    {0: ("no", GREEN), 1: ("yes", YELLOW)},
+                ),
                 plot(
                     "Failovers",
                     "Requests that a KMI further down the list served. Good: none while the first "

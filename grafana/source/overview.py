@@ -8,6 +8,7 @@ from grafana.source.panels import (
     FAILED,
     GREEN,
     HERE,
+    INSTALLATION,
     KMI,
     LATENCY,
     NONE_IS_GOOD,
@@ -30,12 +31,13 @@ from grafana.source.panels import (
 _REQUESTS = "xkiproxy_requests_total"
 _DURATION = "xkiproxy_request_duration_seconds"
 _OURS = f'{HERE},job=~".*xkiproxy.*"'
+_RECORDED = f'{INSTALLATION},keystore=~"$keystore"'
 _RATIO = "keystore:xkiproxy_failures:ratio_rate"
 _BUDGET = (
-    "1 - (sum(sum_over_time(keystore:xkiproxy_failures:rate5m{{{0}}}[30d]))"
-    " / sum(sum_over_time(keystore:xkiproxy_eligible:rate5m{{{0}}}[30d])))"
+    f"1 - (sum(sum_over_time(keystore:xkiproxy_failures:rate5m{{{_RECORDED}}}[30d]))"
+    f" / sum(sum_over_time(keystore:xkiproxy_eligible:rate5m{{{_RECORDED}}}[30d])))"
     " / (1 - scalar(xkiproxy:availability_objective:ratio))"
-).format('keystore=~"$keystore"')
+)
 
 KMI_STATES = {2: ("connected", GREEN), 1: ("degraded", YELLOW), 0: ("disconnected", RED)}
 KMI_STATE = (
@@ -73,7 +75,8 @@ def dashboard() -> Dashboard:
                     f'sum(rate({_REQUESTS}{{{STORE},code="OK"}}[$__range]))'
                     f' / sum(rate({_REQUESTS}{{{STORE},code="OK"}}[$__range])'
                     f" or rate({_REQUESTS}{{{STORE},{FAILED}}}[$__range])"
-                    f' or rate(xkiproxy_shed_total{{{STORE},reason="overload"}}[$__range]))',
+                    f' or rate(xkiproxy_shed_total{{{STORE},keystore!="",reason!~"quota_.*"}}'
+                    "[$__range]))",
                     "percentunit",
                     steps=((None, RED), (0.999, YELLOW), (0.9995, GREEN)),
                     decimals=3,
@@ -82,7 +85,8 @@ def dashboard() -> Dashboard:
                     "Error budget, 30 days",
                     "What is left of the failures that the objective allows in 30 days. Good: "
                     "more than the share of the 30 days that is left. Below 0 the objective is "
-                    "missed. Needs recording.yml.",
+                    "missed. Needs recording.yml, and a Prometheus that keeps 30 days: those that "
+                    "it does not have count as the mean of the others.",
                     _BUDGET,
                     "percentunit",
                     steps=((None, RED), (0, YELLOW), (0.25, GREEN)),
@@ -126,9 +130,11 @@ def dashboard() -> Dashboard:
                     "Failures of ours",
                     "Answers by which the proxy or its KMI failed: 5xx. Good: none.",
                     {
+                        # All are there from 0 on: only those that happen are named.
                         "{{keystore}} {{operation}} {{code}}": rate(
                             _REQUESTS, "keystore", "operation", "code", where=f"{STORE},{FAILED}"
                         )
+                        + " > 0"
                     },
                     "reqps",
                     width=8,
@@ -139,8 +145,10 @@ def dashboard() -> Dashboard:
                     "objective of 99.95% allows, and 14.4 times as much, at which somebody is "
                     "woken. Needs recording.yml.",
                     {
-                        "{{keystore}} 1 h": f'{_RATIO}1h{{keystore=~"$keystore"}}',
-                        "{{keystore}} 5 min": f'{_RATIO}5m{{keystore=~"$keystore"}}',
+                        f"{{{{namespace}}}} {{{{job}}}} {{{{keystore}}}} {window}": (
+                            f"{_RATIO}{window}{{{_RECORDED}}}"
+                        )
+                        for window in ("1h", "5m")
                     },
                     "percentunit",
                     width=8,

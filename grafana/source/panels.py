@@ -51,7 +51,10 @@ from grafana_foundation_sdk.models.dashboard import (
 )
 from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 
-HERE = 'instance=~"$instance"'
+INSTALLATION = 'namespace=~"$namespace",job=~"$job"'
+"""Which proxies belong together: key stores of the same name elsewhere are others."""
+
+HERE = f'{INSTALLATION},instance=~"$instance"'
 STORE = f'{HERE},keystore=~"$keystore"'
 KMI = f'{HERE},kmi=~"$kmi"'
 
@@ -249,9 +252,11 @@ def board(
             .keep_time(True)
         )
         .with_variable(DatasourceVariable("datasource").label("Data source").type("prometheus"))
-        .with_variable(_variable("instance", "Instance", "xkiproxy_build_info"))
-        .with_variable(_variable("keystore", "Key store", "xkiproxy_requests_total"))
-        .with_variable(_variable("kmi", "KMI", "xkiproxy_kmi_state"))
+        .with_variable(_variable("namespace", "Namespace", "xkiproxy_build_info"))
+        .with_variable(_variable("job", "Job", "xkiproxy_build_info", 'namespace=~"$namespace"'))
+        .with_variable(_variable("instance", "Instance", "xkiproxy_build_info", INSTALLATION))
+        .with_variable(_variable("keystore", "Key store", "xkiproxy_requests_total", HERE))
+        .with_variable(_variable("kmi", "KMI", "xkiproxy_kmi_state", HERE))
     )
     ids = count(1)
     for name, panels in rows.items():
@@ -262,13 +267,17 @@ def board(
     return made
 
 
-def _variable(name: str, label: str, metric: str) -> QueryVariable:
-    """One or several values of a label; all at first, also the empty one."""
+def _variable(name: str, label: str, metric: str, where: str = "") -> QueryVariable:
+    """One or several values of a label; all at first, also the empty one.
+
+    `where`: only values of these series are offered.
+    """
+    series = f"{metric}{{{where}}}" if where else metric
     return (
         QueryVariable(name)
         .label(label)
         .datasource(_SOURCE)
-        .query(f"label_values({metric}, {name})")
+        .query(f"label_values({series}, {name})")
         .refresh(VariableRefresh.ON_TIME_RANGE_CHANGED)
         .sort(VariableSort.ALPHABETICAL_ASC)
         .multi(True)

@@ -220,8 +220,10 @@ def test_monitoring_is_that_of_the_project() -> None:
         and monitor["selector"]["matchLabels"].items() <= manifest["metadata"]["labels"].items()
     ]
     assert endpoint["port"] in {port["name"] for port in service["spec"]["ports"]}
-    job = service["metadata"]["labels"][monitor["jobLabel"]]
-    assert "xkiproxy" in job  # what the alert on a proxy that is down goes by
+    (relabeling,) = endpoint["relabelings"]
+    assert relabeling["targetLabel"] == "job"
+    assert "xkiproxy" in relabeling["replacement"]  # what the alert on a proxy that is down goes by
+    assert service["metadata"]["name"] == f"{relabeling['replacement']}-admin"  # of one release
 
     groups = one(manifests, "PrometheusRule")["spec"]["groups"]
     written = [

@@ -195,6 +195,12 @@ def check_schema(file: Path) -> subprocess.CompletedProcess[str]:
     return run(BIN / "check-jsonschema", "--builtin-schema", "vendor.compose-spec", file)
 
 
+def test_prometheus_keeps_what_the_objectives_look_back_to() -> None:
+    command = compose()["services"]["prometheus"]["command"]
+    (days,) = [part.partition("=")[2] for part in command if "retention.time" in part]
+    assert int(days.removesuffix("d")) > 30
+
+
 def test_compose_file_follows_the_specification(tmp_path: Path) -> None:
     done = check_schema(COMPOSE / "compose.yaml")
     assert done.returncode == 0, done.stdout + done.stderr

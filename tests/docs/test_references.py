@@ -13,17 +13,18 @@ from typing import Any
 import pytest
 import typer
 
-from website import commands, configuration
+from website import commands, configuration, metrics
 from website.__main__ import DOCS, references
 from website.markdown import Undocumented
 from xkiproxy.config.models import LogSettings, ServerSettings
 from xkiproxy.config.secrets import SecretSource
+from xkiproxy.observability.metrics import Metrics
 
 ROOT = Path(__file__).parents[2]
 CONFIGURATION = (DOCS / "configuration.md").read_text()
 
 
-@pytest.mark.parametrize("name", ["configuration.md", "commands.md"])
+@pytest.mark.parametrize("name", ["configuration.md", "commands.md", "metrics.md"])
 def test_the_page_is_what_the_code_says(name: str) -> None:
     """If not: make references."""
     assert (DOCS / name).read_text() == references()[name]
@@ -169,3 +170,44 @@ def test_a_command_without_its_words_is_refused(
     monkeypatch.setattr(commands, "app", told(help_text=help_text, docstring=docstring))
     with pytest.raises(Undocumented, match=missing):
         commands.page()
+
+
+def metric(name: str) -> list[str]:
+    page = (DOCS / "metrics.md").read_text()
+    line = next(line for line in page.splitlines() if line.startswith(f"| `{name}` |"))
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_a_metric_is_told_with_its_unit_and_with_what_asks_for_it() -> None:
+    _, kind, labels, meaning, uses = metric("xkiproxy_request_duration_seconds")
+    assert (kind, labels) == ("histogram", "`keystore`, `protocol`, `operation`")
+    assert "In seconds. Buckets: 0.0001, " in meaning
+    # By way of recorded series.
+    assert "[XkiproxyLatencyBurnsFast](runbook.md#xkiproxylatencyburnsfast)" in uses
+    assert "*Overview*" in uses
+    assert metric("xkiproxy_shed_total")[1] == "counter"
+    assert (
+        "Of several workers: the smallest."
+        in metric("xkiproxy_tls_certificate_expiry_timestamp_seconds")[3]
+    )
+
+
+def test_every_metric_is_asked_for_by_a_dashboard_or_an_alert() -> None:
+    families = list(Metrics().collection.families())
+    assert len(families) > 25
+    for family in families:
+        name = f"{family.name}_total" if family.kind == "counter" else family.name
+        assert metric(name)[4], name
+
+
+@pytest.mark.parametrize("label", ["keystore", "kmi_lanes.state"])
+def test_a_label_without_words_is_refused(monkeypatch: pytest.MonkeyPatch, label: str) -> None:
+    monkeypatch.delitem(metrics.LABELS, label)
+    with pytest.raises(Undocumented, match=f"has a label {label.rpartition('.')[2]} that"):
+        metrics.page()
+
+
+def test_words_of_a_label_that_is_no_more_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(metrics.LABELS, "tenant", "It was called so.")
+    with pytest.raises(Undocumented, match="tenant"):
+        metrics.page()

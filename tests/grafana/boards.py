@@ -68,6 +68,8 @@ def _filled(expression: str) -> str:
     values = {
         "$__rate_interval": "30s",
         "$__range": "1h",
+        "$namespace": ".*",
+        "$job": ".*",
         "$instance": ".*",
         "$keystore": ".*",
         "$kmi": ".*",

@@ -48,7 +48,7 @@ def test_the_models_of_the_sdk_read_it_whole(path: Path) -> None:
 @pytest.mark.parametrize("path", BOARDS, ids=lambda path: path.stem)
 def test_a_dashboard_has_its_variables(path: Path) -> None:
     variables = [variable["name"] for variable in board(path)["templating"]["list"]]
-    assert variables == ["datasource", "instance", "keystore", "kmi"]
+    assert variables == ["datasource", "namespace", "job", "instance", "keystore", "kmi"]
 
 
 @pytest.mark.parametrize("path", BOARDS, ids=lambda path: path.stem)
@@ -105,10 +105,28 @@ def test_failures_of_ours_are_those_of_the_protocols() -> None:
         for code in found
         if status >= 500 and status != TOO_LARGE
     }
-    assert set(FAILED.removeprefix('code=~"').removesuffix('"').split("|")) == codes
+    assert set(_codes(FAILED)) == codes
     for rule in rules("record"):
         if "code=~" in rule["expr"]:
             assert FAILED in rule["expr"]
+
+
+def test_what_was_not_authenticated_or_over_a_quota_is_no_refusal_of_a_key() -> None:
+    left_out = {
+        code
+        for table in (xki.codes(), xks.codes())
+        for status in (401, 429)
+        for code in table.get(status, ())
+    }
+    left_out |= {"InvalidAcsDate", "InvalidSignature", "AuthenticationFailedException"}
+    counted = {rule["record"]: rule["expr"] for rule in rules("record")}
+    for name, more in (("answered", set()), ("refused", {"OK", *_codes(FAILED)})):
+        (codes,) = re.findall(r'code!~"([^"]+)"', counted[f"keystore:xkiproxy_{name}:rate5m"])
+        assert set(codes.split("|")) == left_out | more
+
+
+def _codes(matcher: str) -> list[str]:
+    return matcher.removeprefix('code=~"').removesuffix('"').split("|")
 
 
 @pytest.mark.parametrize("kind", ["datasources", "dashboards"])

@@ -80,7 +80,9 @@ class Clouded(Installation):
         text = self.config.read_text().replace('kmi = ["local"]', 'kmi = ["local", "second"]')
         text = text.replace("[server]", f"[server]\nmax_connections = {CONNECTIONS}", 1)
         more = _MORE.format(module=hsm.module, token=hsm.token, pin=hsm.pin_file)
-        self.config.write_text(text + more)
+        # A lane that is made to hang must not be replaced before a request has waited in vain.
+        hanging = 'type = "pkcs11"\noperation_timeout_ms = 10000'
+        self.config.write_text((text + more).replace('type = "pkcs11"', hanging))
         (directory / "policies").mkdir()
         (directory / "policies" / "demo.cedar").write_text(_POLICY)
         self.run("keys", "enable", "demo-key", "--kmi", "second")
@@ -167,13 +169,45 @@ class Clouded(Installation):
 
         wait_for(happened)
 
+    def stall(self) -> None:
+        """A request that no KMI answers in time."""
+
+        def happened() -> bool:
+            lanes = [pid for kmi in ("local", "second") for pid in self.lanes_of(kmi)]
+            for lane in lanes:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(lane, signal.SIGSTOP)
+            try:
+                return self.encrypt(b"hello")[0] == 504
+            finally:
+                for lane in lanes:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(lane, signal.SIGCONT)
+
+        wait_for(happened)
+
+    def break_lanes(self) -> None:
+        """Lanes of the first KMI, again and again, each once it is up."""
+        assert self.process is not None
+        pid = self.process.pid
+
+        def happened() -> bool:
+            for lane in set(self.lanes_of("local")) & set(ready_lanes(pid).values()):
+                os.kill(lane, signal.SIGKILL)
+            return self._sum("xkiproxy_kmi_lane_restarts_total", kmi="local", reason="exit") > 20
+
+        wait_for(happened)
+
     def _failovers(self) -> float:
+        return self._sum("xkiproxy_kmi_failovers_total")
+
+    def _sum(self, name: str, **labels: str) -> float:
         families = text_string_to_metric_families(self.admin("metrics")[1])
         return sum(
             sample.value
             for family in families
             for sample in family.samples
-            if sample.name == "xkiproxy_kmi_failovers_total"
+            if sample.name == name and labels.items() <= sample.labels.items()
         )
 
     def lose_token(self) -> None:
@@ -272,6 +306,9 @@ def plant(first: Clouded, second: Balanced) -> None:
             second.lose_a_worker()
         if number in {3, 5}:
             first.fail_over()
+        if number == 4:
+            first.stall()
+            first.break_lanes()
         time.sleep(0.5)
     good = [200, 200, 200, 200, 404, 400, 200, 401, 401, 401, 403]
     assert seen[0] == [*good, 200, 403, 404]

@@ -107,6 +107,25 @@ async def test_the_first_kmi_fails_in_every_way_and_no_client_sees_it(running: T
     assert moved == await asyncio.to_thread(running.served, "second")
 
 
+async def test_a_kmi_that_failed_is_shown_as_left_alone(running: TwoKmis) -> None:
+    def left_alone(kmi: str) -> float:
+        return running.counted("xkiproxy_kmi_left_alone", kmi=kmi)
+
+    await back_on_the_first(running)
+    assert (left_alone("local"), left_alone("second")) == (0, 0)
+
+    def is_left_alone() -> bool:
+        stopped(running.lanes_of("local"))
+        running.encrypt(b"x")
+        return left_alone("local") == 1
+
+    await asyncio.to_thread(wait_for, is_left_alone)
+    assert left_alone("second") == 0
+    killed(running.lanes_of("local"))
+    await back_on_the_first(running)
+    assert left_alone("local") == 0
+
+
 async def back_on_the_first(running: TwoKmis) -> None:
     """Within ten seconds all that comes is served by the preferred KMI."""
 

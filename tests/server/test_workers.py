@@ -16,6 +16,9 @@ import pytest
 from hsm import children
 from test_end_to_end import BASE, Installation, wait_for
 
+from xkiproxy.kmi.base import BreakReason
+from xkiproxy.protocols.base import REASONS
+
 _TITLE = re.compile(r"xkiproxy: worker (\d+)")
 
 
@@ -85,6 +88,20 @@ def test_all_workers_serve_and_are_counted_together(server: Workers) -> None:
     status = server.status()
     assert status["ready"]
     assert {worker["pid"] for worker in status["workers"]} == set(server.pids().values())
+
+
+def test_what_may_go_wrong_is_counted_from_zero_on(server: Workers) -> None:
+    """Else the first burst, which may be all there is, would be no change for Prometheus."""
+    lines = server.admin("metrics")[1].splitlines()
+    for reason in REASONS:
+        assert f'xkiproxy_auth_failures_total{{keystore="demo",reason="{reason}"}} 0.0' in lines
+    for reason in BreakReason:
+        assert f'xkiproxy_kmi_lane_restarts_total{{kmi="local",reason="{reason}"}} 0.0' in lines
+    assert 'xkiproxy_shed_total{keystore="demo",reason="overload"} 0.0' in lines
+    for code in ("ServiceUnavailable", "Timeout", "InternalServerError"):
+        labels = f'code="{code}",keystore="demo",operation="encrypt",protocol="xki"'
+        assert f"xkiproxy_requests_total{{{labels}}} 0.0" in lines
+    assert 'xkiproxy_kmi_left_alone{kmi="local"} 0.0' in lines
 
 
 def test_a_replay_to_any_worker_is_refused(server: Workers) -> None:

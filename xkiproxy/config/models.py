@@ -213,7 +213,9 @@ class KmiSettings(Section):
     """`software`, `pkcs11`, `kmip` or `transit`: what else the table has, see below."""
 
     queue_size: Annotated[int, Field(ge=1, le=1_000_000)] = 1024
-    """Operations that may wait; more are refused with 429."""
+    """Operations that may wait in each worker process; more are refused with 429. What waits longer
+    than `deadline_ms` is late anyway: a longer queue makes no KMI faster.
+    """
 
     def share(self, index: int, workers: int) -> Self:
         """What of it one of several worker processes has; `index` from 0."""

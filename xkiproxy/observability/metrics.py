@@ -41,7 +41,7 @@ class Metrics:
             "stage", bounds=_STAGE_BUCKETS,
         )  # fmt: skip
         self.auth_failures = counter(
-            "xkiproxy_auth_failures", "Requests not authenticated.", "keystore", "reason"
+            "xkiproxy_auth_failures", "Requests not authenticated, or denied.", "keystore", "reason"
         )
         self.shed = counter(
             "xkiproxy_shed", "Requests refused to protect the rest.", "keystore", "reason"
@@ -81,6 +81,11 @@ class Metrics:
             "xkiproxy_kmi_operations", "Operations of a KMI, by their outcome.",
             "kmi", "operation", "outcome",
         )  # fmt: skip
+        self.kmi_left_alone = gauge(
+            "xkiproxy_kmi_left_alone",
+            "1 from a KMI's failure until a request has succeeded there: others are asked first.",
+            "kmi", merge=max,
+        )  # fmt: skip
         self.kmi_failovers = counter(
             "xkiproxy_kmi_failovers", "Requests served by a KMI further down the list.",
             "keystore", "from", "to",
@@ -96,7 +101,7 @@ class Metrics:
         )  # fmt: skip
         self.certificate_expiry = gauge(
             "xkiproxy_tls_certificate_expiry_timestamp_seconds", "When the certificate expires.",
-            "listener", merge=max,
+            "listener", merge=min,
         )  # fmt: skip
         self.credential_created = gauge(
             "xkiproxy_credential_created_timestamp_seconds",

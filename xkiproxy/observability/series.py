@@ -91,6 +91,9 @@ class Distribution:
 _Child = TypeVar("_Child", Count, Level, Distribution)
 
 
+_KINDS: dict[type, str] = {Count: "counter", Level: "gauge", Distribution: "histogram"}
+
+
 class Family(Generic[_Child]):
     """A metric with a value for each combination of its labels."""
 
@@ -133,7 +136,12 @@ class Family(Generic[_Child]):
     @property
     def is_gauge(self) -> bool:
         """Whether its values say how it is, rather than what was counted."""
-        return isinstance(self._make(), Level)
+        return self.kind == "gauge"
+
+    @property
+    def kind(self) -> str:
+        """What Prometheus calls it."""
+        return _KINDS[type(self._make())]
 
     def describe(self, values: Mapping[tuple[str, ...], Values]) -> Metric:
         """These values, for `prometheus_client`."""
@@ -178,6 +186,10 @@ class Collection:
         self._families = {family.name: family for family in families}
         self.read: Callable[[], Snapshot] = self.snapshot
         """Where `collect` takes its values from."""
+
+    def families(self) -> Iterable[Family[Any]]:
+        """In the order in which they are written out."""
+        return self._families.values()
 
     def snapshot(self) -> Snapshot:
         """What this process has counted so far."""

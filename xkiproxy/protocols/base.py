@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Any
+from typing import Any, Literal, get_args
 from typing import Protocol as Interface
 
 from xkiproxy.crypto.caller import Caller
@@ -45,14 +45,25 @@ class Trouble(Enum):
     """The client's address is in none of the key store's networks."""
 
 
+Reason = Literal[
+    "missing", "malformed", "date", "stale", "scope", "unsigned_header", "unknown_access_key",
+    "signature", "body_hash", "replay", "source_network", "policy",
+]  # fmt: skip
+"""Why a request was not authenticated, or denied."""
+
+REASONS: tuple[Reason, ...] = get_args(Reason)
+
+
 class Refusal(Exception):
     """A request refused, in the protocol's words.
 
-    `reason` is for metrics and the audit log, never for the client: one of a fixed set of words,
-    set when the request could not be authenticated.
+    `reason` is for metrics and the audit log, never for the client; it is empty where the request
+    was authenticated and nobody denied it.
     """
 
-    def __init__(self, status: int, code: str, message: str, reason: str = "") -> None:
+    def __init__(
+        self, status: int, code: str, message: str, reason: Reason | Literal[""] = ""
+    ) -> None:
         super().__init__(status, code, message, reason)
         self.status = status
         self.code = code

@@ -25,7 +25,7 @@ from xkiproxy.config.models import (
 )
 from xkiproxy.config.secrets import SecretError
 from xkiproxy.config.tls import TlsError, client_context, load_certificate
-from xkiproxy.crypto.operations import OperationError
+from xkiproxy.crypto.operations import Fault, OperationError
 from xkiproxy.keystores.authorization import Authorizer
 from xkiproxy.keystores.catalog import CatalogError
 from xkiproxy.keystores.credentials import CredentialError, load_credentials
@@ -46,7 +46,7 @@ from xkiproxy.keystores.replay import Replay, ReplayWindow
 from xkiproxy.keystores.shared_replay import SharedReplayWindow
 from xkiproxy.keystores.signing_keys import CachedSigningKeys
 from xkiproxy.keystores.sqlite_catalog import SqliteCatalog
-from xkiproxy.kmi.base import KeyManagerError, KmiState
+from xkiproxy.kmi.base import BreakReason, KeyManagerError, KmiState
 from xkiproxy.kmi.dispatcher import Kmi
 from xkiproxy.kmi.registry import open_key_manager, open_kmi
 from xkiproxy.observability.audit import AuditError, AuditOptions, Sink, SinkState, encode
@@ -54,6 +54,7 @@ from xkiproxy.observability.logging import utf8
 from xkiproxy.observability.metrics import FailoverMetrics, Metrics
 from xkiproxy.observability.series import Distribution
 from xkiproxy.observability.tracing import Tracer, TracingError, TracingOptions, open_tracer
+from xkiproxy.protocols.base import REASONS
 from xkiproxy.protocols.registry import PROTOCOLS
 from xkiproxy.server.condition import Condition
 from xkiproxy.server.gateway import Tenant
@@ -76,6 +77,9 @@ STOPPING = "it is being stopped"
 
 _PARTS = ("audit", "catalog")
 """Without which nothing is served."""
+
+_OURS = (Fault.UNAVAILABLE, Fault.DEADLINE_EXCEEDED, Fault.INTERNAL)
+"""What counts against the objective of availability."""
 
 _MISTAKES = (
     CatalogError, CredentialError, EncryptionsError, KeyManagerError, OperationError, OSError,
@@ -137,6 +141,8 @@ class Runtime:
         self.certificate = ""
         self.context: ssl.SSLContext | None = None
         self.apply(self._open_changeable(config, opening))
+        for kmi in self.kmis.values():
+            _show_kmi(self.metrics, kmi)
 
     def _open_changeable(self, config: Config, opening: _Opening) -> Change:
         """What a reload may exchange; raises ConfigError, also with what was found before."""
@@ -166,6 +172,7 @@ class Runtime:
         self.certificate = change.certificate
         self.metrics.credential_created.clear()
         for tenant in change.tenants:
+            _count_from_zero(self.metrics, tenant)
             if tenant.store.signing_keys.oldest is not None:
                 created = self.metrics.credential_created.labels(tenant.store.name)
                 created.set(tenant.store.signing_keys.oldest)
@@ -484,6 +491,25 @@ def _kmi_status(kmi: Kmi, now: float) -> dict[str, Any]:
         "lanes": [state.value for state in kmi.lanes],
         "checked_seconds_ago": round(max(0.0, now - kmi.checked), 1) if kmi.checked > 0 else None,
     }
+
+
+def _count_from_zero(metrics: Metrics, tenant: Tenant) -> None:
+    """Make the counters of what goes wrong: a first value that is no change is seen by no alert."""
+    store, protocol = tenant.store.name, tenant.protocol
+    for reason in REASONS:
+        metrics.auth_failures.labels(store, reason)
+    metrics.shed.labels(store, "overload")
+    for fault in _OURS:
+        code = protocol.refuse(OperationError(fault, "")).code
+        for call in protocol.calls | protocol.key_calls:
+            metrics.requests.labels(store, protocol.name, call, code)
+
+
+def _show_kmi(metrics: Metrics, kmi: Kmi) -> None:
+    """The counters of its lanes from 0 on, as above; and how failover stands to it."""
+    for reason in BreakReason:
+        metrics.kmi_lane_restarts.labels(kmi.name, reason.value)
+    metrics.kmi_left_alone.labels(kmi.name).set_function(lambda: not kmi.standing.is_good)
 
 
 async def _write_changes(changes: KeyChanges, audit: Sink) -> None:

@@ -26,7 +26,7 @@ from urllib.parse import quote, unquote_plus
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.hmac import HMAC
 
-from xkiproxy.protocols.base import Identity, Mac, Refusal, SignedRequest, SigningKeys
+from xkiproxy.protocols.base import Identity, Mac, Reason, Refusal, SignedRequest, SigningKeys
 from xkiproxy.protocols.signed_headers import (
     SignedHeaders,
     basic_timestamp,
@@ -307,11 +307,11 @@ def _malformed(hint: str) -> Refusal:
     return Refusal(400, "InvalidSignature", message, "malformed")
 
 
-def _unauthorized(reason: str) -> Refusal:
+def _unauthorized(reason: Reason) -> Refusal:
     return Refusal(401, "Unauthorized", "The request is not authenticated.", reason)
 
 
-def _reason(known: bool, body_matches: bool) -> str:
+def _reason(known: bool, body_matches: bool) -> Reason:
     if not known:
         return "unknown_access_key"
     return "signature" if body_matches else "body_hash"

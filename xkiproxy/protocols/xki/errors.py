@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from xkiproxy.crypto.operations import Fault, OperationError
-from xkiproxy.protocols.base import Refusal, Trouble
+from xkiproxy.protocols.base import Reason, Refusal, Trouble
 
 _FAULTS = {
     Fault.UNSUPPORTED: (400, "InvalidOperation"),
@@ -33,7 +33,7 @@ _PARAMETERS = {
 
 _SOURCE_FORBIDDEN = "The key store is not open to this address."
 
-_TROUBLES: dict[Trouble, tuple[int, str, str] | tuple[int, str, str, str]] = {
+_TROUBLES: dict[Trouble, tuple[int, str, str] | tuple[int, str, str, Reason]] = {
     Trouble.NOT_HTTP: (400, "InvalidRequest", "This is not a valid HTTP request."),
     Trouble.NOT_FOUND: (404, "XkiNotFound", "There is no such path or key store."),
     Trouble.METHOD_NOT_ALLOWED: (405, "MethodNotAllowed", "Use POST."),

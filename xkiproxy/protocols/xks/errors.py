@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from xkiproxy.crypto.operations import Fault, OperationError
-from xkiproxy.protocols.base import Refusal, Trouble
+from xkiproxy.protocols.base import Reason, Refusal, Trouble
 
 _FAULTS = {
     Fault.INVALID_PARAMETER: (400, "ValidationException"),
@@ -25,7 +25,7 @@ _UNAUTHENTICATED = (401, "AuthenticationFailedException", "The request is not au
 
 _SOURCE_FORBIDDEN = "The key store is not open to this address."
 
-_TROUBLES: dict[Trouble, tuple[int, str, str] | tuple[int, str, str, str]] = {
+_TROUBLES: dict[Trouble, tuple[int, str, str] | tuple[int, str, str, Reason]] = {
     Trouble.NOT_HTTP: (400, "ValidationException", "This is not a valid HTTP request."),
     Trouble.NOT_FOUND: (404, "InvalidUriPathException", "There is no such path."),
     Trouble.METHOD_NOT_ALLOWED: (405, "InvalidUriPathException", "Use POST."),
@@ -70,7 +70,7 @@ def required(name: str) -> Refusal:
     return invalid(name, "is required")
 
 
-def unauthenticated(reason: str) -> Refusal:
+def unauthenticated(reason: Reason) -> Refusal:
     """401, always in the same words."""
     return Refusal(*_UNAUTHENTICATED, reason)
 
