@@ -27,6 +27,7 @@ class FakeLane:
         self.open = asyncio.Event()
         self.open.set()
         self.breaks = False
+        self.bug: Exception | None = None
         self.started = True
         self.probes = 0
         self.closed = False
@@ -36,6 +37,8 @@ class FakeLane:
         self.batches.append(len(batch))
         self.epochs.append(epoch)
         await self.open.wait()
+        if self.bug is not None:
+            raise self.bug
         if self.breaks:
             self.die()
             raise LaneError("planted", BreakReason.DEVICE, started=self.started)
@@ -62,6 +65,7 @@ class FakeLane:
 
     async def close(self) -> None:
         self.closed = True
+        self.die(BreakReason.EXIT)
 
 
 class FakeLauncher:
@@ -245,6 +249,21 @@ async def test_a_batch_that_was_not_begun_is_not_blamed(start: Start) -> None:
     for lane in lanes[:3]:
         lane.breaks, lane.started = True, False
     assert await submit(kmi, 1) == RandomBytes(bytes(1))
+
+
+async def test_a_lane_that_raises_what_nobody_expects_is_replaced(start: Start) -> None:
+    lanes = [FakeLane() for _ in range(4)]
+    kmi = await start(*lanes[:2], spare=lanes[2:])
+    for lane in lanes[:2]:
+        lane.bug = AttributeError("planted")
+    assert await fault(kmi, 1) is Fault.UNAVAILABLE  # on both: it may be the cause
+    await until(lambda: set(lanes[2:]) == set(kmi._lanes))
+    assert [lane.closed for lane in lanes] == [True, True, False, False]
+    assert kmi.state is KmiState.CONNECTED
+    assert await submit(kmi, 1) == RandomBytes(bytes(1))
+    lanes[2].bug = AttributeError("planted")
+    results = await asyncio.gather(*(submit(kmi, i) for i in range(12)))
+    assert [len(r.data) for r in results] == list(range(12))
 
 
 async def test_a_broken_lane_is_replaced(start: Start) -> None:

@@ -70,7 +70,7 @@ class Lane(Protocol):
         ...
 
     async def close(self) -> None:
-        """End it, whatever state it is in."""
+        """End it, whatever state it is in; it counts as broken then. May be called twice."""
         ...
 
 

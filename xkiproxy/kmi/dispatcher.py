@@ -364,9 +364,13 @@ class QueuedKmi:
         except LaneError as error:
             self._run_again(batch, started=error.started)
         except Exception:
-            # Whatever a lane raises, the requests it was given must get an answer.
-            _log.exception("KMI %s: a lane failed", self.name)
+            # Whatever a lane raises, the requests it was given must get an answer, and nobody knows
+            # what state the lane is in: it is closed, so that its supervisor starts another.
+            index = self._index(lane)
+            _log.exception("KMI %s: lane %d failed", self.name, index)
+            self._retire(lane)
             self._run_again(batch, started=True)
+            await self._close(index, lane)
 
     def _index(self, lane: Lane) -> int:
         """Which lane it is; -1 for one that has just been taken away."""
@@ -376,6 +380,11 @@ class QueuedKmi:
         if lane in self._lanes:
             self._idle.append(lane)
             self._schedule_pump()
+
+    def _retire(self, lane: Lane) -> None:
+        """Give it nothing more."""
+        if lane in self._idle:
+            self._idle.remove(lane)
 
     def _run_again(self, batch: list[_Item], *, started: bool) -> None:
         """What is not settled goes back to the front; `started` counts as an attempt."""
@@ -453,8 +462,7 @@ class QueuedKmi:
 
     def _remove(self, index: int, lane: Lane) -> None:
         self._lanes[index] = None
-        if lane in self._idle:
-            self._idle.remove(lane)
+        self._retire(lane)
         self._become()
 
     def _start_failed(self, error: LaneError) -> None:
