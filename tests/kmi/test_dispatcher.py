@@ -168,6 +168,49 @@ async def test_batches_grow_while_the_lane_is_busy_up_to_max_batch(start: Start)
     assert sample(kmi, "xkiproxy_kmi_batch_size_sum") == 21
 
 
+class PickyLane(FakeLane):
+    """Refuses what is long at once, and the rest waits, as with lanes that ask over a network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.at_once = self.peak = 0
+
+    async def execute(self, batch: Sequence[Random], epoch: int, settle: Settle) -> None:
+        self.batches.append(len(batch))
+        self.at_once += 1
+        self.peak = max(self.peak, self.at_once)
+        for index in reversed(range(len(batch))):
+            if batch[index].length >= 1000:
+                settle(index, OperationError(Fault.KEY_NOT_FOUND, "planted"))
+        await self.open.wait()
+        for index, operation in enumerate(batch):
+            if operation.length < 1000:
+                settle(index, RandomBytes(bytes(operation.length)))
+        self.at_once -= 1
+
+
+@pytest.mark.parametrize("refused", [1, 3, 7])
+async def test_what_a_lane_refuses_early_brings_it_no_further_batches(
+    start: Start, refused: int
+) -> None:
+    lane = PickyLane()
+    kmi = await start(lane, queue_size=8, max_batch=8)
+    lane.open.clear()
+    tasks = []
+    for _ in range(20):
+        tasks += [asyncio.create_task(submit(kmi, 1)) for _ in range(8 - refused)]
+        tasks += [asyncio.create_task(submit(kmi, 1000)) for _ in range(refused)]
+        await asyncio.sleep(0.001)
+    peak, is_full = lane.peak, kmi.is_full
+    lane.open.set()
+    outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+    assert (peak <= 3, is_full) == (True, True)
+    assert sum(isinstance(o, OperationError) and o.fault is Fault.THROTTLED for o in outcomes) > 50
+    lane.batches.clear()
+    await asyncio.gather(*(submit(kmi, 1) for _ in range(8)))
+    assert lane.batches == [8]
+
+
 async def test_an_error_of_one_operation_stays_with_it(start: Start) -> None:
     kmi = await start(FakeLane())
     good, bad, other = await asyncio.gather(

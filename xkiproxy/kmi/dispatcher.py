@@ -213,6 +213,16 @@ class _Item:
             self.batch: Batch | None = None
 
 
+class _Load:
+    """What a lane has been given and has not settled; its next batch comes at `enough`."""
+
+    __slots__ = ("enough", "unsettled")
+
+    def __init__(self) -> None:
+        self.unsettled = 0
+        self.enough = 0
+
+
 class QueuedKmi:
     """A KMI with supervised lanes, a bounded queue and batches."""
 
@@ -244,6 +254,7 @@ class QueuedKmi:
         self._pumping = False
         self._lanes: list[Lane | None] = [None] * lanes
         self._idle: deque[Lane] = deque()
+        self._loads: dict[Lane, _Load] = {}
         self._batches: set[asyncio.Task[None]] = set()
         self._starting = asyncio.Lock()
         self._breaker_open = False
@@ -323,7 +334,8 @@ class QueuedKmi:
     def _pump(self) -> None:
         self._pumping = False
         while self._idle and (batch := self._take_batch()):
-            task = self._loop.create_task(self._execute(self._idle.popleft(), batch))
+            lane = self._idle.popleft()
+            task = self._loop.create_task(self._execute(lane, self._loads[lane], batch))
             self._batches.add(task)
             task.add_done_callback(self._batches.discard)
         self._report()
@@ -346,17 +358,21 @@ class QueuedKmi:
                 break
         return batch
 
-    async def _execute(self, lane: Lane, batch: list[_Item]) -> None:
+    async def _execute(self, lane: Lane, load: _Load, batch: list[_Item]) -> None:
         self._metrics.batch_size.observe(len(batch))
         for item in batch:
             if item.followed:
                 item.batch = Batch(self._index(lane), len(batch), time.monotonic())
-        # When a quarter is left the lane may have its next batch: it goes on without a pause.
-        nearly_done = len(batch) - 1 - len(batch) // 4
+        # When a quarter is left the lane may have its next batch: it goes on without a pause. What
+        # is left of the one before counts too: a lane may refuse most of a batch before it has sent
+        # anything, and must not be given one after the other then.
+        load.unsettled += len(batch)
+        load.enough = len(batch) // 4
 
         def settle(index: int, outcome: Result | OperationError) -> None:
             _settle(batch[index], outcome)
-            if index == nearly_done:
+            load.unsettled -= 1
+            if load.unsettled == load.enough:
                 self._free(lane)
 
         try:
@@ -454,6 +470,7 @@ class QueuedKmi:
 
     async def _serve(self, index: int, lane: Lane) -> LaneError:
         self._lanes[index] = lane
+        self._loads[lane] = _Load()
         self._idle.append(lane)
         self._breaker_open = False
         self._become()
@@ -462,6 +479,7 @@ class QueuedKmi:
 
     def _remove(self, index: int, lane: Lane) -> None:
         self._lanes[index] = None
+        self._loads.pop(lane, None)
         self._retire(lane)
         self._become()
 
