@@ -6,6 +6,7 @@
  *   SHIM_VENDOR        a vendor's numbers for SM4 are taken, and stand for AES-128: no module with
  *                      SM4 can be had here, so this is a stand-in that walks the same path
  *   SHIM_MAKE_IV       C_EncryptInit under AES-GCM makes the IV, as the HSMs of FIPS 140-3 do
+ *   SHIM_APPEND_IV     C_Encrypt appends 12 bytes to what is longer than the text of the probe key
  *   SHIM_COUNT_LOGINS  a file that grows by a byte with each C_Login
  *   SHIM_REFUSE_TOKEN  while this file exists no token is present
  *   SHIM_FAIL_DECRYPT  a file with a code, in hexadecimal: the next C_Decrypt of more than 32 bytes,
@@ -306,7 +307,16 @@ static rv_t run_or_refuse(crypt_t call, ulong_t session, unsigned char *data, ul
 static rv_t shim_encrypt(ulong_t session, unsigned char *data, ulong_t length, unsigned char *to,
 			 ulong_t *to_length)
 {
-	return run_or_refuse(real->call[C_ENCRYPT], session, data, length, to, to_length);
+	ulong_t room = *to_length;
+	rv_t rv = run_or_refuse(real->call[C_ENCRYPT], session, data, length, to, to_length);
+
+	if (rv == CKR_OK && length > 5 && getenv("SHIM_APPEND_IV")) {
+		if (*to_length + 12 > room)
+			abort();
+		memset(to + *to_length, 0x1f, 12);
+		*to_length += 12;
+	}
+	return rv;
 }
 
 /* The code that this decrypt is to fail with, once; CKR_OK for none. */

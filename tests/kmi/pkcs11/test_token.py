@@ -273,6 +273,21 @@ async def test_a_module_that_makes_no_iv_is_refused(hsm: Hsm, start_kmi) -> None
     assert await fault_of(kmi, Encrypt("key", b"x")) is Fault.UNAVAILABLE
 
 
+async def test_a_module_that_makes_another_ciphertext_than_gcm_does_is_refused(
+    shimmed: Hsm, start_kmi, monkeypatch
+) -> None:
+    """With its IV in it, it would look well and never decrypt."""
+    monkeypatch.setenv("SHIM_APPEND_IV", "1")
+    shimmed.plant("key", KEYS["aes256"])
+    kmi = await start_kmi(shimmed.settings())
+    for iv in (None, os.urandom(12)):
+        assert await fault_of(kmi, Encrypt("key", b"a text", iv=iv)) is Fault.UNAVAILABLE
+    monkeypatch.setenv("SHIM_MAKE_IV", "1")
+    kmi = await start_kmi(shimmed.settings(iv="hsm"))
+    made = await encrypt(kmi, Encrypt("key", b"a text"))
+    assert (await decrypt(kmi, opening(Encrypt("key", b"a text"), made))).plaintext == b"a text"
+
+
 async def test_a_module_that_is_strict(shimmed: Hsm, start_kmi, open_manager, monkeypatch) -> None:
     """No read-only sessions, no key that may do more than it needs to."""
     monkeypatch.setenv("SHIM_STRICT", "1")

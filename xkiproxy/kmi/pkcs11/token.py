@@ -329,15 +329,21 @@ class Token:
     ) -> tuple[bytes, bytes]:
         """(ciphertext and tag, IV)."""
         mechanism = self._gcm_mechanism(algorithm)
-        if iv is not None:
-            return self._cryptoki.encrypt(handle, mechanism, iv, plaintext, aad)
-        if not self._iv_by_hsm:
-            return self._cryptoki.encrypt(handle, mechanism, self._gcm_iv(), plaintext, aad)
-        ciphertext, made = self._cryptoki.encrypt(handle, mechanism, _NO_IV, plaintext, aad)
-        if made == _NO_IV:
-            # It took the zeros that it was given: the same IV every time would give away the key.
-            raise BrokenError('the module makes no IV of its own; set iv = "generator"')
-        return ciphertext[: len(plaintext) + TAG_SIZE], made
+        size = len(plaintext) + TAG_SIZE
+        if iv is None and self._iv_by_hsm:
+            ciphertext, made = self._cryptoki.encrypt(handle, mechanism, _NO_IV, plaintext, aad)
+            if made == _NO_IV:
+                # It took the zeros that it was given: the same IV every time would give away the
+                # key.
+                raise BrokenError('the module makes no IV of its own; set iv = "generator"')
+            ciphertext = ciphertext[:size]  # some append the IV
+        else:
+            given = self._gcm_iv() if iv is None else iv
+            ciphertext, made = self._cryptoki.encrypt(handle, mechanism, given, plaintext, aad)
+        if len(ciphertext) != size:
+            # With more or less in it than ciphertext and tag it would never decrypt.
+            raise BrokenError(f"a ciphertext of {len(ciphertext)} bytes for {len(plaintext)}")
+        return ciphertext, made
 
     def _decrypt(
         self,
