@@ -363,9 +363,48 @@ async def test_a_refused_login_is_never_tried_again(start: Start) -> None:
     for lane in lanes:
         lane.die()
     await until(lambda: all(task.done() for task in kmi._supervisors))
-    assert kmi.launcher.launches == before + 1
+    assert kmi.launcher.launches == before + 3  # the launcher sees to it that one PIN is sent
     assert (kmi.state, kmi.error) == (KmiState.DISCONNECTED, "the token refused the PIN")
     assert await fault(kmi, 1) is Fault.UNAVAILABLE
+
+
+async def test_a_start_that_hangs_holds_up_no_other(start: Start, monkeypatch) -> None:
+    monkeypatch.setattr("xkiproxy.kmi.dispatcher._PATIENCE_SECONDS", 0.1)
+    lane, hole = FakeLane(), asyncio.Event()
+
+    class Launcher(FakeLauncher):
+        async def launch(self, index: int) -> FakeLane:
+            if index == 0:
+                await hole.wait()
+            return await super().launch(index)
+
+    kmi = QueuedKmi(
+        "hsm", "pkcs11", Launcher(lane), KmiMetrics(Metrics(), "hsm"),
+        lanes=2, queue_size=8, max_batch=8,
+    )  # fmt: skip
+    kmi.start()
+    try:
+        async with asyncio.timeout(1):
+            await kmi.check()
+            assert await submit(kmi, 1) == RandomBytes(bytes(1))
+        assert kmi.state is KmiState.DEGRADED
+        failures = asyncio.create_task(kmi.first_failures())
+        await asyncio.sleep(0.05)
+        assert not failures.done()
+        hole.set()
+        assert await failures == ["no more lanes"]
+    finally:
+        await kmi.close()
+
+
+async def test_what_the_first_starts_failed_with_is_kept(start: Start) -> None:
+    kmi = await start(FakeLane(), FakeLane())
+    assert await kmi.first_failures() == []
+    kmi = await start()
+    assert await kmi.first_failures() == ["no more lanes"]
+    kmi.launcher.lanes.append(FakeLane())
+    await until(lambda: kmi.state is KmiState.CONNECTED)
+    assert await kmi.first_failures() == ["no more lanes"]
 
 
 async def test_keys_that_changed_make_a_new_epoch(start: Start) -> None:
@@ -435,6 +474,7 @@ async def test_inline_kmi() -> None:
     assert kmi.state is KmiState.DISCONNECTED
     await kmi.check()
     assert kmi.state is KmiState.CONNECTED
+    assert not await kmi.first_failures()
     assert await kmi.submit(Random(4), soon()) == RandomBytes(bytes(4))
     with pytest.raises(OperationError) as caught:
         await kmi.submit(Random(4), soon(-1))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -197,6 +197,24 @@ class ClientTlsSettings(Section):
         return self
 
 
+_Endpoint = TypeVar("_Endpoint")
+
+
+def _divide(lanes: int, index: int, workers: int) -> tuple[int, int]:
+    """The number of the first lane of a worker among those of all, and how many it has."""
+    each, more = divmod(lanes, workers)
+    return index * each + min(index, more), each + (index < more)
+
+
+def _from(endpoints: tuple[_Endpoint, ...], first: int) -> tuple[_Endpoint, ...]:
+    """Endpoints in the order in which the lanes of a worker go to them, as if it had all lanes.
+
+    Otherwise workers with a lane each would all use the same one.
+    """
+    start = first % len(endpoints)
+    return endpoints[start:] + endpoints[:start]
+
+
 class KmiSettings(Section):
     """What every kind of KMI has."""
 
@@ -275,7 +293,7 @@ class Pkcs11Settings(KmiSettings):
         tuple[TokenSettings, ...], BeforeValidator(_as_list), Field(min_length=1, max_length=16)
     ]
     """The token, or a list of tokens: several HSMs with the same keys, over which the lanes are
-    spread.
+    spread. A lane that cannot be started at one is started at the next.
     """
 
     pin: SecretSource
@@ -311,8 +329,9 @@ class Pkcs11Settings(KmiSettings):
 
     def share(self, index: int, workers: int) -> Self:
         """The lanes are divided: a token has so many sessions, however many processes there are."""
-        lanes = self.lanes // workers + (index < self.lanes % workers)
-        return self.model_copy(update={"lanes": lanes})
+        first, lanes = _divide(self.lanes, index, workers)
+        token = _from(self.token, first)
+        return self.model_copy(update={"lanes": lanes, "token": token})
 
 
 class KmipTlsSettings(ClientTlsSettings):
@@ -333,6 +352,7 @@ class KmipSettings(KmiSettings):
         tuple[Address, ...], BeforeValidator(_as_addresses), Field(min_length=1, max_length=16)
     ]
     """The server, or a list: several servers with the same keys, over which the lanes are spread.
+    A lane that cannot be started at one is started at the next.
     """
 
     tls: KmipTlsSettings
@@ -363,8 +383,9 @@ class KmipSettings(KmiSettings):
 
     def share(self, index: int, workers: int) -> Self:
         """The lanes are divided: a server takes so many connections."""
-        lanes = self.lanes // workers + (index < self.lanes % workers)
-        return self.model_copy(update={"lanes": lanes})
+        first, lanes = _divide(self.lanes, index, workers)
+        address = _from(self.address, first)
+        return self.model_copy(update={"lanes": lanes, "address": address})
 
 
 _MOUNT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")
@@ -469,7 +490,7 @@ class TransitSettings(KmiSettings):
         Field(min_length=1, max_length=16),
     ]
     """`https://bao.internal:8200`, or a list: nodes of one cluster, over which the lanes are
-    spread.
+    spread. A lane that cannot be started at one is started at the next.
     """
 
     mount: Mount = "transit"
@@ -528,8 +549,9 @@ class TransitSettings(KmiSettings):
 
     def share(self, index: int, workers: int) -> Self:
         """The lanes are divided, so that the server sees as many whatever `workers` is."""
-        lanes = self.lanes // workers + (index < self.lanes % workers)
-        return self.model_copy(update={"lanes": lanes})
+        first, lanes = _divide(self.lanes, index, workers)
+        address = _from(self.address, first)
+        return self.model_copy(update={"lanes": lanes, "address": address})
 
 
 KMI_SETTINGS: dict[str, type[KmiSettings]] = {

@@ -82,7 +82,11 @@ class Launcher(Protocol):
     """Starts the lanes of a KMI."""
 
     async def launch(self, index: int) -> Lane:
-        """Start the lane of this index (0 and up); raises LaneError."""
+        """Start the lane of this index (0 and up); raises LaneError.
+
+        Several lanes may be started at the same time. `BreakReason.LOGIN` ends it: no lane is
+        started again after that.
+        """
         ...
 
 

@@ -17,6 +17,7 @@ import asyncio
 import logging
 import time
 from collections import deque
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Protocol
 
@@ -39,6 +40,10 @@ _LAST_PAUSE_SECONDS = 2.0
 
 _STEADY_SECONDS = 1.0
 """A lane that ran so long was well: its next start is not delayed."""
+
+
+_PATIENCE_SECONDS = 5.0
+"""So long the first check waits for the other lanes once one is there."""
 
 
 class Kmi(Protocol):
@@ -73,6 +78,14 @@ class Kmi(Protocol):
 
     async def check(self) -> None:
         """A deep check: sets `state`, `checked` and `error`."""
+        ...
+
+    async def first_failures(self) -> Sequence[str]:
+        """What the first start of each lane failed with, once all were tried.
+
+        Its state says nothing of that: a lane that cannot be started at one endpoint is started at
+        another.
+        """
         ...
 
     def start(self) -> None:
@@ -173,6 +186,10 @@ class InlineKmi:
         else:
             self._become(KmiState.CONNECTED, "")
 
+    async def first_failures(self) -> Sequence[str]:
+        """See `Kmi.first_failures`: there is nothing to start."""
+        return ()
+
     def start(self) -> None:
         """See `Kmi.start`."""
 
@@ -256,10 +273,11 @@ class QueuedKmi:
         self._idle: deque[Lane] = deque()
         self._loads: dict[Lane, _Load] = {}
         self._batches: set[asyncio.Task[None]] = set()
-        self._starting = asyncio.Lock()
         self._breaker_open = False
-        self._login_refused: LaneError | None = None
-        self._settled = asyncio.Event()
+        self._untried = set(range(lanes))
+        self._first_failures: list[str] = []
+        self._any_tried = asyncio.Event()
+        self._all_tried = asyncio.Event()
         self._supervisors: list[asyncio.Task[None]] = []
 
     @property
@@ -304,12 +322,21 @@ class QueuedKmi:
     async def check(self) -> None:
         """See `Kmi.check`: every lane that is there encrypts and decrypts with its probe key.
 
-        The first check waits until the lanes have been started, or could not be.
+        The first check waits until the lanes have been started, or could not be; once there is one
+        it does not wait long for one that hangs.
         """
-        await self._settled.wait()
+        await self._any_tried.wait()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_PATIENCE_SECONDS):
+                await self._all_tried.wait()
         self.checked = time.monotonic()
         lanes = [lane for lane in self._lanes if lane is not None]
         await asyncio.gather(*(_probe(lane) for lane in lanes))
+
+    async def first_failures(self) -> Sequence[str]:
+        """See `Kmi.first_failures`."""
+        await self._all_tried.wait()
+        return self._first_failures
 
     def refresh(self, keys_changed: bool) -> None:
         """See `Kmi.refresh`: every lane looks its keys up again when it next needs them."""
@@ -429,6 +456,7 @@ class QueuedKmi:
                 lane = await self._start(index)
             except LaneError as error:
                 self._start_failed(error)
+                self._note_first(index, error.message)
                 if error.reason is BreakReason.LOGIN:
                     return
                 self._metrics.restarted(error.reason)
@@ -455,18 +483,15 @@ class QueuedKmi:
             _log.exception("KMI %s: lane %d cannot be closed", self.name, index)
 
     async def _start(self, index: int) -> Lane:
-        """One after the other: a wrong PIN must be tried once, not once for every lane."""
-        async with self._starting:
-            if self._login_refused is not None:
-                raise self._login_refused
-            try:
-                return await self._launcher.launch(index)
-            except LaneError:
-                raise
-            except Exception as error:
-                # Whatever it was (no thread, no memory): it is tried again, as any failed start.
-                _log.exception("KMI %s: lane %d cannot be started", self.name, index)
-                raise LaneError(type(error).__name__, BreakReason.START) from None
+        """All at the same time: what must wait for another does so in the launcher."""
+        try:
+            return await self._launcher.launch(index)
+        except LaneError:
+            raise
+        except Exception as error:
+            # Whatever it was (no thread, no memory): it is tried again, as any failed start.
+            _log.exception("KMI %s: lane %d cannot be started", self.name, index)
+            raise LaneError(type(error).__name__, BreakReason.START) from None
 
     async def _serve(self, index: int, lane: Lane) -> LaneError:
         self._lanes[index] = lane
@@ -474,6 +499,7 @@ class QueuedKmi:
         self._idle.append(lane)
         self._breaker_open = False
         self._become()
+        self._note_first(index)
         self._schedule_pump()
         return await lane.wait_broken()
 
@@ -487,21 +513,28 @@ class QueuedKmi:
         if error.message != self.error:
             _log.error("KMI %s: a lane cannot be started: %s", self.name, error.message)
         self.error = error.message
-        if error.reason is BreakReason.LOGIN:
-            self._login_refused = error
         if not any(self._lanes):
             # Nothing is there and nothing can be started: the next request need not wait for it.
             self._breaker_open = True
             self._refuse_all()
         self._become()
-        self._settled.set()
+
+    def _note_first(self, index: int, failure: str = "") -> None:
+        """What came of the first start of a lane; of others nothing is noted."""
+        if index not in self._untried:
+            return
+        self._untried.remove(index)
+        if failure and failure not in self._first_failures:
+            self._first_failures.append(failure)
+        self._any_tried.set()
+        if not self._untried:
+            self._all_tried.set()
 
     def _become(self) -> None:
         up = sum(lane is not None for lane in self._lanes)
         if up == len(self._lanes):
             state = KmiState.CONNECTED
             self.error = ""
-            self._settled.set()
         else:
             state = KmiState.DEGRADED if up else KmiState.DISCONNECTED
         if state is not self.state:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 from dataclasses import replace
 
 import pytest
@@ -29,6 +30,9 @@ from xkiproxy.crypto.operations import (
     RandomBytes,
 )
 from xkiproxy.kmi.base import KmiState
+from xkiproxy.kmi.dispatcher import QueuedKmi
+from xkiproxy.kmi.registry import open_kmi
+from xkiproxy.observability.metrics import Metrics
 
 RAW = CiphertextFormat.RAW
 
@@ -297,6 +301,41 @@ async def test_lanes_are_spread_over_addresses(
     """One node of two is away: the other serves."""
     away = f"https://localhost:{free_ports(1)[0]}"
     kmi = await start_kmi(site.settings(address=[away, server.address], lanes=2))
-    await eventually(lambda: kmi.state is KmiState.DEGRADED)
-    assert f"{away}: cannot be reached" in kmi.error
+    (failure,) = await kmi.first_failures()
+    assert f"{away}: cannot be reached" in failure
+    await eventually(lambda: kmi.state is KmiState.CONNECTED)
     await encrypt(kmi, Encrypt("key", b"x"))
+
+
+async def test_one_lane_is_enough_for_two_addresses(
+    site: TransitSite, server: TransitServer, start_kmi: StartKmi
+) -> None:
+    away = f"https://localhost:{free_ports(1)[0]}"
+    kmi = await start_kmi(site.settings(address=[away, server.address], lanes=1))
+    await eventually(lambda: kmi.state is KmiState.CONNECTED)
+    await encrypt(kmi, Encrypt("key", b"x"))
+
+
+async def test_an_address_that_swallows_everything_holds_nobody_up(
+    site: TransitSite, server: TransitServer, start_kmi: StartKmi
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as hole:
+        address = f"https://localhost:{hole.getsockname()[1]}"
+        settings = site.settings(
+            address=[address, server.address], lanes=4, start_timeout_seconds=4
+        )
+        kmi = open_kmi(settings, Metrics())
+        assert isinstance(kmi, QueuedKmi)
+        kmi.start()
+        try:
+            await eventually(lambda: kmi.state is KmiState.DEGRADED, 1)
+            await encrypt(kmi, Encrypt("key", b"x"))
+            await eventually(lambda: kmi.state is KmiState.CONNECTED, 8)
+            server.stop()
+            await kmi.check()
+            await eventually(lambda: kmi.state is KmiState.DISCONNECTED, 4)
+            server.start(server.port)
+            # Some lanes are at the hole for their time; those that are not serve.
+            await eventually(lambda: kmi.state is not KmiState.DISCONNECTED, 3)
+        finally:
+            await kmi.close()

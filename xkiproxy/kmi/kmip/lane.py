@@ -38,6 +38,7 @@ from xkiproxy.crypto.operations import (
     invalid_ciphertext,
 )
 from xkiproxy.kmi.base import BreakReason, LaneError, Settle
+from xkiproxy.kmi.endpoints import Endpoints
 from xkiproxy.kmi.kmip import messages
 from xkiproxy.kmi.kmip.connection import Connection, connect
 from xkiproxy.kmi.kmip.keys import Key, KeyObject, find_key
@@ -383,7 +384,15 @@ class KmipLauncher:
 
     def __init__(self, settings: KmipSettings) -> None:
         self._settings = settings
+        self._endpoints = Endpoints(len(settings.address))
 
     async def launch(self, index: int) -> KmipLane:
         """See `xkiproxy.kmi.base.Launcher`."""
-        return KmipLane(await connect(self._settings, index), self._settings)
+        endpoint = self._endpoints.next(index)
+        try:
+            connection = await connect(self._settings, endpoint)
+        except LaneError:
+            self._endpoints.failed(endpoint)
+            raise
+        self._endpoints.started(endpoint)
+        return KmipLane(connection, self._settings)

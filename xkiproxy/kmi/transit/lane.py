@@ -32,6 +32,7 @@ from xkiproxy.crypto.operations import (
     invalid_ciphertext,
 )
 from xkiproxy.kmi.base import BreakReason, LaneError, Settle
+from xkiproxy.kmi.endpoints import Endpoints
 from xkiproxy.kmi.transit.client import TransitClient, TransitKey
 from xkiproxy.kmi.transit.http import Answer
 
@@ -285,10 +286,20 @@ class TransitLauncher:
         """Raises KeyManagerError or SecretError: files for TLS cannot be used."""
         self._settings = settings
         self._clients = [TransitClient(settings, address) for address in settings.address]
+        self._endpoints = Endpoints(len(self._clients))
 
     async def launch(self, index: int) -> TransitLane:
         """See `xkiproxy.kmi.base.Launcher`; every lane begins with a check of the server."""
-        client = self._clients[index % len(self._clients)]
+        endpoint = self._endpoints.next(index)
+        try:
+            lane = await self._open(self._clients[endpoint])
+        except LaneError:
+            self._endpoints.failed(endpoint)
+            raise
+        self._endpoints.started(endpoint)
+        return lane
+
+    async def _open(self, client: TransitClient) -> TransitLane:
         seconds = self._settings.start_timeout_seconds
         await client.acquire()
         try:
