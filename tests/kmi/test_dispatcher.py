@@ -263,6 +263,9 @@ async def test_a_client_that_goes_away_costs_the_kmi_nothing(start: Start) -> No
     lane.open.set()
     await running
     assert lane.batches == [1]
+    name, labels = "xkiproxy_kmi_operations_total", {"operation": "random"}
+    assert sample(kmi, name, **labels, outcome="cancelled") == 1
+    assert sample(kmi, name, **labels, outcome="internal") == 0
 
 
 async def test_the_batch_of_a_broken_lane_runs_again_alone(start: Start) -> None:

@@ -115,7 +115,7 @@ class KmiMetrics:
         self._lanes = {state: metrics.kmi_lanes.labels(kmi, state) for state in _LANE_STATES}
 
     def finished(self, kind: type, seconds: float, outcome: str) -> None:
-        """Count an operation; `outcome` is `ok` or the name of a Fault in lower case."""
+        """Count an operation; `outcome` is `ok`, `cancelled` or a Fault's name in lower case."""
         children = self._operations.get((kind, outcome))
         if children is None:
             operation = kind.__name__.lower()
@@ -311,6 +311,9 @@ class QueuedKmi:
             return result
         except OperationError as error:
             outcome = error.fault.name.lower()
+            raise
+        except asyncio.CancelledError:
+            outcome = "cancelled"  # another KMI was faster
             raise
         finally:
             timer.cancel()

@@ -227,7 +227,7 @@ async def test_a_key_that_is_destroyed_is_not_made_again(
                 await submit(kmi, operation)
             faults.append(caught.value.fault)
     # The first encryption still knows the key, and the policy does not let it be made.
-    assert faults == [Fault.UNAVAILABLE, *[Fault.KEY_NOT_FOUND] * 3]
+    assert faults == [Fault.KEY_FORBIDDEN, *[Fault.KEY_NOT_FOUND] * 3]
     assert "key" not in server.keys
 
 

@@ -196,7 +196,9 @@ class TransitClient:
             return OperationError(Fault.KEY_NOT_FOUND, "There is no such key.")
         self._say(self.problem(answer, path).message)
         if answer.status == 403:
-            return OperationError(Fault.UNAVAILABLE, "The key manager does not permit it.")
+            # Of one key: others may well be permitted there.
+            fault = Fault.UNAVAILABLE if path == "random" else Fault.KEY_FORBIDDEN
+            return OperationError(fault, "The key manager does not permit it.")
         return OperationError(Fault.UNAVAILABLE, "The key manager cannot do it now.")
 
     def item_refusal(self, words: str, kind: str) -> OperationError:
@@ -224,7 +226,7 @@ class TransitClient:
         """A key as it was a few seconds ago at most, and not before `epoch`.
 
         Raises:
-            OperationError: `KEY_NOT_FOUND`, `KEY_UNUSABLE`, `UNAVAILABLE`.
+            OperationError: `KEY_NOT_FOUND`, `KEY_UNUSABLE`, `KEY_FORBIDDEN`, `UNAVAILABLE`.
             LaneError: the server cannot be asked.
         """
         known = self._keys.get(key_id)
