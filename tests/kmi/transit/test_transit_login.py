@@ -14,7 +14,7 @@ from transit import ADMIN_TOKEN, TOKEN, TransitSite
 from transit_server import PROXY_POLICY, ServerToken, TransitServer
 
 from xkiproxy.config.secrets import write_secret_file
-from xkiproxy.crypto.operations import Encrypt, OperationError
+from xkiproxy.crypto.operations import Encrypt, Fault, OperationError
 from xkiproxy.kmi.base import KmiState
 
 SECRET_ID = "a-secret-id-of-the-tests-0123456789"
@@ -91,6 +91,56 @@ async def test_a_token_that_is_revoked_is_replaced_by_a_login(
     for text in set(server.tokens) - {"root", TOKEN, ADMIN_TOKEN}:
         del server.tokens[text]
     await encrypt(kmi, Encrypt("key", b"x"))
+
+
+async def test_a_renewal_without_an_answer_stops_nothing(
+    site: TransitSite, server: TransitServer, start_kmi: StartKmi
+) -> None:
+    server.login_ttl, server.swallowed = 1.5, 1
+    kmi = await start_kmi(site.settings(**approle(site)))
+    for _ in range(30):
+        await encrypt(kmi, Encrypt("key", b"x"), 0.5)
+        await asyncio.sleep(0.1)
+    assert server.swallowed == 0
+    assert 2 <= len(server.asked("auth/approle/login")) <= 4
+    assert kmi.state is KmiState.CONNECTED
+
+
+@pytest.mark.parametrize("may_look_itself_up", [True, False])
+async def test_a_key_that_the_policy_forbids_costs_no_login_each_time(
+    site: TransitSite, server: TransitServer, start_kmi: StartKmi, may_look_itself_up: bool
+) -> None:
+    server.add_key("forbidden")
+    server.login_policy = {
+        "transit/encrypt/key": {"update"},
+        "transit/keys/*": {"read"},
+        "transit/random": {"update"},
+        "auth/token/revoke-self": {"update"},
+    }
+    server.login_with_default = may_look_itself_up
+    kmi = await start_kmi(site.settings(**approle(site)))
+    for _ in range(10):
+        with pytest.raises(OperationError) as caught:
+            await encrypt(kmi, Encrypt("forbidden", b"x"))
+        assert caught.value.fault is Fault.KEY_FORBIDDEN
+        await encrypt(kmi, Encrypt("key", b"x"))
+    assert len(server.asked("auth/approle/login")) == (1 if may_look_itself_up else 2)
+    await eventually(lambda: len(set(server.tokens) - {"root", TOKEN, ADMIN_TOKEN}) == 1)
+    assert kmi.state is KmiState.CONNECTED
+
+
+async def test_a_lookup_that_is_not_answered_refuses_no_token(
+    site: TransitSite, server: TransitServer, start_kmi: StartKmi
+) -> None:
+    server.add_key("forbidden")
+    server.login_policy = {"transit/keys/*": {"read"}, "transit/random": {"update"}}
+    kmi = await start_kmi(site.settings(**approle(site)))
+    server.lookups_limited = True
+    for _ in range(3):
+        with pytest.raises(OperationError) as caught:
+            await encrypt(kmi, Encrypt("forbidden", b"x"))
+        assert caught.value.fault is Fault.KEY_FORBIDDEN
+    assert len(server.asked("auth/approle/login")) == 1
 
 
 async def test_a_token_that_an_agent_replaces_is_read_again(

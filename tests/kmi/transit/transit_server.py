@@ -152,6 +152,10 @@ class TransitServer:
         self.certificates: dict[str, str] = {}
         self.service_accounts: dict[str, str] = {}
         self.login_ttl, self.login_max_ttl, self.login_renewable = 3600.0, 0.0, True
+        self.login_policy, self.login_with_default = PROXY_POLICY, True
+        self.swallowed = 0
+        """So many of the next renewals get no answer."""
+        self.lookups_limited = False
         self.failed_logins = 0
         self.max_request_size = 32 << 20
         self.max_strings = 1000
@@ -255,6 +259,9 @@ class TransitServer:
             return self._login(login[1], body, request)
         token = self._authorized(request, namespace, method, path)
         if path.startswith("auth/token/"):
+            if self.swallowed and path.endswith("renew-self"):
+                self.swallowed -= 1
+                await asyncio.sleep(10)
             return self._token_path(path.removeprefix("auth/token/"), method, token, request)
         if not path.startswith(f"{self.mount}/"):
             raise Refusal(404, f'no handler for route "{path}". route entry not found.')
@@ -314,6 +321,8 @@ class TransitServer:
     ) -> tuple[int, Any]:
         text = request.headers["X-Vault-Token"]
         if path == "lookup-self" and method == "GET":
+            if self.lookups_limited:
+                raise Refusal(429, "request path: rate limit quota exceeded")
             end = "2099-01-01T00:00:00Z" if token.ttl else None
             left = int(token.left) if token.ttl else 0
             data = {"id": text, "ttl": left, "renewable": token.renewable, "expire_time": end}
@@ -340,8 +349,9 @@ class TransitServer:
         self.failed_logins = 0
         text = f"hvs.{uuid.uuid4().hex}{uuid.uuid4().hex}"
         token = self.tokens[text] = ServerToken(
-            PROXY_POLICY, self.login_ttl, self.login_renewable, self.login_max_ttl
-        )
+            self.login_policy, self.login_ttl, self.login_renewable, self.login_max_ttl,
+            self.login_with_default,
+        )  # fmt: skip
         return 200, _document(None, self._auth(text, token))
 
     def _login_approle(self, body: dict[str, Any], request: web.Request) -> None:

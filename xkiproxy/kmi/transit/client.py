@@ -181,6 +181,8 @@ class TransitClient:
         if answer.status == 403 and await self._login.is_refused(text, answer):
             text = await self._login.token()
             answer = await self._http.send(method, path, body, token=text)
+            if answer.status == 403:
+                self._login.forbidden(text)
         return answer
 
     def refusal(self, answer: Answer, path: str) -> OperationError:
