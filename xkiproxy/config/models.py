@@ -529,8 +529,8 @@ class TransitSettings(KmiSettings):
     """A lane without an answer for so long is replaced."""
 
     probe_key: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")] | None = None
-    """A key that the check of health encrypts and decrypts with; without it the check draws random
-    bytes.
+    """A key that the check of health encrypts and decrypts with, also to see that associated data
+    are authenticated; without it the check draws random bytes and looks at the server's version.
     """
 
     @model_validator(mode="after")

@@ -339,3 +339,34 @@ async def test_an_address_that_swallows_everything_holds_nobody_up(
             await eventually(lambda: kmi.state is not KmiState.DISCONNECTED, 3)
         finally:
             await kmi.close()
+
+
+@pytest.mark.parametrize("version", ["1.12.11", "1.12.3+ent", "0.11.6", None, "", "next"])
+async def test_a_server_that_may_drop_associated_data_is_refused(
+    site: TransitSite, server: TransitServer, start_kmi: StartKmi, version: str | None
+) -> None:
+    server.version, server.drops_associated_data = version, True
+    kmi = await start_kmi(site.settings())
+    assert kmi.state is KmiState.DISCONNECTED
+    assert "associated data" in kmi.error
+    with pytest.raises(OperationError):
+        await encrypt(kmi, Encrypt("key", b"x", aad=b"an aad"))
+    assert not server.asked("transit/encrypt")
+
+
+@pytest.mark.parametrize("version", ["1.13.0", "1.19.0-rc1+ent.hsm", "v2.3.1"])
+async def test_newer_ones_are_known_by_their_version(
+    site: TransitSite, server: TransitServer, start_kmi: StartKmi, version: str
+) -> None:
+    server.version = version
+    assert (await start_kmi(site.settings())).state is KmiState.CONNECTED
+
+
+@pytest.mark.parametrize("drops", [True, False])
+async def test_with_a_probe_key_evidence_decides_whatever_the_version(
+    site: TransitSite, server: TransitServer, start_kmi: StartKmi, drops: bool
+) -> None:
+    server.version, server.drops_associated_data = "9.9" if drops else None, drops
+    kmi = await start_kmi(site.settings(probe_key="key"))
+    assert kmi.state is (KmiState.DISCONNECTED if drops else KmiState.CONNECTED)
+    assert ("decrypts under any associated data" in kmi.error) == drops

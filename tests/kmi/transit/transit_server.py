@@ -146,6 +146,9 @@ class TransitServer:
         self.mount = "transit"
         self.namespace = ""
         self.sealed = self.standby = False
+        self.version: str | None = "1.17.2"
+        self.drops_associated_data = False
+        """As Vault before 1.13: the field is not known, and not missed."""
         self.tokens: dict[str, ServerToken] = {"root": ServerToken(ROOT_POLICY)}
         self.keys: dict[str, ServerKey] = {}
         self.roles: dict[str, str] = {}
@@ -287,7 +290,8 @@ class TransitServer:
         if namespace:
             raise Refusal(404, "unsupported path")
         status = 503 if self.sealed else 429 if self.standby else 200
-        return status, {"initialized": True, "sealed": self.sealed, "standby": self.standby}
+        found = {"initialized": True, "sealed": self.sealed, "standby": self.standby}
+        return status, found if self.version is None else {**found, "version": self.version}
 
     # ---- tokens ----------------------------------------------------------------------------
 
@@ -526,6 +530,8 @@ class TransitServer:
                     " perform operations with the key",
                 )
             data = _decoded(item.get("associated_data", ""))
+            if self.drops_associated_data:
+                data = b""
             made = self._encrypt if kind == "encrypt" else self._decrypt
             return made(key, item, data)
         except Refusal as refusal:

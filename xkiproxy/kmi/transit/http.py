@@ -141,12 +141,13 @@ class Http:
             raise self.broken(why or _HEALTH[472])
         return answer
 
-    async def check_health(self) -> None:
-        """Ask whether the server serves; needs no token; raises LaneError."""
+    async def check_health(self) -> Answer:
+        """Ask whether the server serves, and what it is; needs no token; raises LaneError."""
         answer = await self._send("GET", "sys/health", None, {})
         if answer.status not in _HEALTHY:
             why = _HEALTH.get(answer.status, f"answers sys/health with HTTP {answer.status}")
             raise self.broken(why)
+        return answer
 
     def broken(self, why: str, reason: BreakReason = BreakReason.DEVICE) -> LaneError:
         """The error that says what is wrong with this server."""

@@ -33,6 +33,7 @@ _REFUSED_TOKEN_SECONDS = 10.0
 _ALIVE_SECONDS = 10.0
 _FORBIDDEN_SECONDS = 60.0
 _RENEWAL_SECONDS = 5.0
+_NO_TOKEN_SECONDS = 0.1
 _FIRST_PAUSE_SECONDS = 1.0
 _LAST_PAUSE_SECONDS = 30.0
 _REVOKE_SECONDS = 2.0
@@ -122,7 +123,7 @@ class Login:
         pause = _FIRST_PAUSE_SECONDS
         while True:
             token = self._token
-            wait = _FIRST_PAUSE_SECONDS
+            wait = _NO_TOKEN_SECONDS  # its time may be short: it is to be seen soon after the login
             if token is not None:
                 wait = max(0.0, min(token.renew_at - time.monotonic(), _LAST_PAUSE_SECONDS))
             if token is None or wait > 0.0:
