@@ -232,6 +232,10 @@ class KmiSettings(Section):
         del index, workers
         return self
 
+    def reach_all(self) -> Self:
+        """With lanes enough that one goes to each token or address."""
+        return self
+
 
 class SoftwareSettings(KmiSettings):
     """The embedded KMI: an SQLite keyring, wrapped under a master key."""
@@ -333,6 +337,10 @@ class Pkcs11Settings(KmiSettings):
         token = _from(self.token, first)
         return self.model_copy(update={"lanes": lanes, "token": token})
 
+    def reach_all(self) -> Self:
+        """See `KmiSettings.reach_all`."""
+        return self.model_copy(update={"lanes": max(self.lanes, len(self.token))})
+
 
 class KmipTlsSettings(ClientTlsSettings):
     """A KMIP server knows its clients by their certificates."""
@@ -386,6 +394,10 @@ class KmipSettings(KmiSettings):
         first, lanes = _divide(self.lanes, index, workers)
         address = _from(self.address, first)
         return self.model_copy(update={"lanes": lanes, "address": address})
+
+    def reach_all(self) -> Self:
+        """See `KmiSettings.reach_all`."""
+        return self.model_copy(update={"lanes": max(self.lanes, len(self.address))})
 
 
 _MOUNT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")
@@ -552,6 +564,10 @@ class TransitSettings(KmiSettings):
         first, lanes = _divide(self.lanes, index, workers)
         address = _from(self.address, first)
         return self.model_copy(update={"lanes": lanes, "address": address})
+
+    def reach_all(self) -> Self:
+        """See `KmiSettings.reach_all`."""
+        return self.model_copy(update={"lanes": max(self.lanes, len(self.address))})
 
 
 KMI_SETTINGS: dict[str, type[KmiSettings]] = {
@@ -873,6 +889,10 @@ class Config(Section):
         audit = self.audit.model_copy(update={"path": own})
         kmis = tuple(kmi.share(index, self.server.workers) for kmi in self.kmi)
         return self.model_copy(update={"audit": audit, "kmi": kmis})
+
+    def reach_all(self) -> Config:
+        """The configuration with lanes enough that each token and address of a KMI has one."""
+        return self.model_copy(update={"kmi": tuple(kmi.reach_all() for kmi in self.kmi)})
 
     def find_kmi(self, name: str) -> KmiSettings:
         """The section of a KMI; raises KeyError."""
