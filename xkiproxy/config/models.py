@@ -538,7 +538,9 @@ class TransitSettings(KmiSettings):
     """For login and check."""
 
     operation_timeout_ms: Annotated[int, Field(ge=10, le=60_000)] = 1000
-    """A lane without an answer for so long is replaced."""
+    """A lane without an answer for so long is replaced; the answer for each key of a batch begins
+    the time anew.
+    """
 
     probe_key: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")] | None = None
     """A key that the check of health encrypts and decrypts with, also to see that associated data

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 from conftest import StartKmi
 from Cryptodome.Cipher import AES
-from hsm import bound, decrypt, encrypt, eventually, opening, submit
+from hsm import bound, decrypt, encrypt, eventually, opening, restarts, submit
 from test_end_to_end import free_ports
 from transit import TransitSite
 from transit_server import TransitServer
@@ -263,6 +263,22 @@ async def test_the_largest_batch_is_within_the_limit_of_strings(
     kmi = await start_kmi(site.settings(max_batch=128))
     await asyncio.gather(*(encrypt(kmi, Encrypt("key", b"x")) for _ in range(400)))
     assert max(len(body["batch_input"]) for body in server.asked("transit/encrypt")) == 128
+
+
+async def test_a_batch_of_many_keys_at_a_slow_server_costs_no_lane(
+    site: TransitSite, server: TransitServer, start_kmi: StartKmi
+) -> None:
+    names = [f"key-{number}" for number in range(40)]
+    for name in names:
+        server.add_key(name)
+    kmi = await start_kmi(site.settings(connections=4, operation_timeout_ms=600))
+    server.delay = 0.1
+    await asyncio.gather(*(encrypt(kmi, Encrypt(name, b"x"), 10) for name in names))
+    assert restarts(kmi) == 0
+    server.delay = 2.0  # and one that does not answer in time still does
+    with pytest.raises(OperationError):
+        await encrypt(kmi, Encrypt("key", b"x"), 1.5)
+    assert restarts(kmi) >= 1
 
 
 async def test_idle_connections_that_the_server_closed_are_replaced(
