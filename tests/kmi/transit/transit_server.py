@@ -153,6 +153,8 @@ class TransitServer:
         self.keys: dict[str, ServerKey] = {}
         self.roles: dict[str, str] = {}
         self.certificates: dict[str, str] = {}
+        self.serials: list[int] = []
+        """Of the certificates that logins showed."""
         self.service_accounts: dict[str, str] = {}
         self.login_ttl, self.login_max_ttl, self.login_renewable = 3600.0, 0.0, True
         self.login_policy, self.login_with_default = PROXY_POLICY, True
@@ -373,6 +375,7 @@ class TransitServer:
     def _login_cert(self, body: dict[str, Any], request: web.Request) -> None:
         assert request.transport is not None
         peer = request.transport.get_extra_info("peercert") or {}
+        self.serials.append(int(peer.get("serialNumber", "0"), 16))
         names = {value for rdn in peer.get("subject", ()) for _, value in rdn}
         wanted = self.certificates.get(body.get("name", ""))
         known = {wanted} if body.get("name") else set(self.certificates.values())

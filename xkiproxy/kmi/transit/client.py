@@ -99,8 +99,9 @@ class TransitClient:
     # ---- life ------------------------------------------------------------------------------
 
     async def acquire(self) -> None:
-        """Be ready for another user."""
+        """Be ready for another user; raises LaneError if the certificate cannot be read again."""
         async with self._coming_and_going:
+            self._http.renew_certificate()
             self._users += 1
             if self._users == 1:
                 self._http.open()
@@ -111,6 +112,15 @@ class TransitClient:
 
         `revoke`: the token, if a login made it, is given back: nobody comes again.
         """
+        leaving = asyncio.create_task(self._leave(revoke=revoke))
+        try:
+            await asyncio.shield(leaving)
+        except asyncio.CancelledError:
+            # Half released it would be open for good; nothing in there takes long.
+            await leaving
+            raise
+
+    async def _leave(self, *, revoke: bool) -> None:
         async with self._coming_and_going:
             self._users -= 1
             if self._users:

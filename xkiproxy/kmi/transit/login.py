@@ -249,7 +249,7 @@ class Login:
         return self._refusal(answer, f"the token of {self._settings.auth.token}")
 
     async def _log_in(self, path: str, body: Mapping[str, str]) -> Token | LaneError:
-        answer = await self._http.send("POST", path, body)
+        answer = await self._http.log_in(path, body)
         if answer.status == 200:
             text = answer.auth.get("client_token")
             made = _given(answer, text, ours=True) if isinstance(text, str) and text else None
