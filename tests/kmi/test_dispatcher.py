@@ -211,6 +211,31 @@ async def test_what_a_lane_refuses_early_brings_it_no_further_batches(
     assert lane.batches == [8]
 
 
+class CarelessLane(FakeLane):
+    """Settles each operation as often as its length says."""
+
+    async def execute(self, batch: Sequence[Random], epoch: int, settle: Settle) -> None:
+        self.batches.append(len(batch))
+        for index, operation in enumerate(batch):
+            for _ in range(operation.length):
+                settle(index, RandomBytes(bytes(operation.length)))
+
+
+async def test_a_lane_that_cannot_count_is_not_lost(start: Start) -> None:
+    kmi = await start(CarelessLane())
+    for lengths in ([2], [0], [1], [0, 0, 0, 0], [2, 2, 1, 1], [0, 1, 1], [1]):
+        outcomes = await asyncio.gather(
+            *(submit(kmi, length, soon(1)) for length in lengths), return_exceptions=True
+        )
+        for length, outcome in zip(lengths, outcomes, strict=True):
+            if length:
+                assert outcome == RandomBytes(bytes(length))
+            else:
+                assert isinstance(outcome, OperationError)
+                assert outcome.fault is Fault.INTERNAL
+    assert kmi._lanes[0].batches == [1, 1, 1, 4, 4, 3, 1]
+
+
 async def test_an_error_of_one_operation_stays_with_it(start: Start) -> None:
     kmi = await start(FakeLane())
     good, bad, other = await asyncio.gather(

@@ -41,7 +41,6 @@ _LAST_PAUSE_SECONDS = 2.0
 _STEADY_SECONDS = 1.0
 """A lane that ran so long was well: its next start is not delayed."""
 
-
 _PATIENCE_SECONDS = 5.0
 """So long the first check waits for the other lanes once one is there."""
 
@@ -396,11 +395,14 @@ class QueuedKmi:
         # When a quarter is left the lane may have its next batch: it goes on without a pause. What
         # is left of the one before counts too: a lane may refuse most of a batch before it has sent
         # anything, and must not be given one after the other then.
-        load.unsettled += len(batch)
-        load.enough = len(batch) // 4
+        left = len(batch)
+        load.unsettled += left
+        load.enough = left // 4
 
         def settle(index: int, outcome: Result | OperationError) -> None:
+            nonlocal left
             _settle(batch[index], outcome)
+            left -= 1
             load.unsettled -= 1
             if load.unsettled == load.enough:
                 self._free(lane)
@@ -417,6 +419,18 @@ class QueuedKmi:
             self._retire(lane)
             self._run_again(batch, started=True)
             await self._close(index, lane)
+        else:
+            if left:
+                self._make_up(lane, load, batch, left)
+
+    def _make_up(self, lane: Lane, load: _Load, batch: list[_Item], left: int) -> None:
+        """A lane that forgot some of a batch, or settled some twice, must not be lost by it."""
+        _log.error("KMI %s: lane %d left %d open", self.name, self._index(lane), left)
+        for item in batch:
+            _settle(item, OperationError(Fault.INTERNAL, "The key manager gave no answer."))
+        load.unsettled -= left
+        if load.unsettled <= load.enough and lane not in self._idle:
+            self._free(lane)
 
     def _index(self, lane: Lane) -> int:
         """Which lane it is; -1 for one that has just been taken away."""
