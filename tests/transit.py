@@ -30,7 +30,9 @@ class TransitSite:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         directory.mkdir()
-        ca = make_certificate(directory, "ca", common_name="a CA of the tests", dns_names=())
+        ca = self.issuer = make_certificate(
+            directory, "ca", common_name="a CA of the tests", dns_names=()
+        )
         make_certificate(directory, "server", issuer=ca)
         make_certificate(directory, "client", common_name="a-proxy", dns_names=(), issuer=ca)
         make_certificate(directory, "stranger", common_name="another CA", dns_names=())

@@ -64,7 +64,8 @@ LABELS = {
     "kmi": "The KMI's name.",
     "kmi_state.state": f"{_list(KmiState)}.",
     "kmi_lanes.state": "`idle`, `busy`, `starting`, `failed`.",
-    "kmi_operations.outcome": f"`ok`, or what went wrong: {_list(f.name.lower() for f in Fault)}.",
+    "kmi_operations.outcome": "`ok`; `cancelled`, of a hedge that lost; or what went wrong:"
+    f" {_list(f.name.lower() for f in Fault)}.",
     "kmi_hedges.outcome": "`won`: the second KMI's answer came first; `lost`.",
     "reloads.outcome": "`ok`, `failed`.",
     "from": "The KMI that the key store prefers.",

@@ -148,7 +148,7 @@ def dashboard() -> Dashboard:
                             "kmi",
                             "operation",
                             "outcome",
-                            where=f'{KMI},outcome!="ok"',
+                            where=f'{KMI},outcome!~"ok|cancelled"',
                         )
                     },
                     "ops",

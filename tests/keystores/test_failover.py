@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from pathlib import Path
 from typing import Any
@@ -71,14 +72,17 @@ class Site:
     forbidden = ""
     """The name of a KMI that may not be asked."""
 
-    def __init__(self, first: str = "ok", second: str = "ok", hedge: float | None = None) -> None:
+    def __init__(
+        self, first: str = "ok", second: str = "ok", *more: str, hedge: float | None = None
+    ) -> None:
         self.one, self.two = Scripted("one", first), Scripted("two", second)
+        self.more = [Scripted(f"more {i}", script) for i, script in enumerate(more)]
         self.metrics = Metrics()
         self.failover = Failover(FailoverMetrics(self.metrics, "demo"), hedge)
         self.entered: list[str] = []
 
     async def submit(self, seconds: float = 0.4) -> Served:
-        kmis: list[Any] = [self.one, self.two]
+        kmis: list[Any] = [self.one, self.two, *self.more]
         deadline = time.monotonic() + seconds
         return await self.failover.submit(kmis, OPERATION, deadline, self._enter)
 
@@ -143,6 +147,42 @@ async def test_what_would_be_the_same_elsewhere_is_not_tried_there() -> None:
     assert caught.value.fault is Fault.INVALID_CIPHERTEXT
     assert site.asked == (1, 0)
     assert site.one.standing.is_good
+
+
+async def test_a_key_that_one_does_not_permit_is_asked_for_elsewhere_and_says_nothing_of_it() -> (
+    None
+):
+    site = Site("KEY_FORBIDDEN")
+    assert [await site.by() for _ in range(3)] == ["two"] * 3
+    assert site.asked == (3, 3)
+    assert site.one.standing.is_good
+    site.two.script = "KEY_FORBIDDEN"
+    with pytest.raises(OperationError) as caught:
+        await site.submit()
+    assert caught.value.fault is Fault.KEY_FORBIDDEN
+
+
+@pytest.mark.parametrize("fault", ["INVALID_CIPHERTEXT", "KEY_FORBIDDEN", "INTERNAL"])
+async def test_a_trial_that_is_answered_with_a_refusal_shows_that_it_is_there(fault: str) -> None:
+    site = Site("UNAVAILABLE")
+    assert await site.by() == "two"
+    site.one.script = fault
+    await asyncio.sleep(0.3)
+    with contextlib.suppress(OperationError):
+        await site.submit()
+    assert site.asked[0] == 2
+    assert site.one.standing.is_good
+
+
+async def test_a_trial_that_may_not_be_made_is_left_to_the_next() -> None:
+    site = Site("UNAVAILABLE")
+    assert await site.by() == "two"
+    site.one.script, site.forbidden = "ok", "one"
+    await asyncio.sleep(0.3)
+    with pytest.raises(OperationError):
+        await site.submit()
+    site.forbidden = ""
+    assert await site.by() == "one"
 
 
 async def test_it_is_taken_back_after_one_trial() -> None:
@@ -237,6 +277,24 @@ async def test_a_hedge_where_both_fail() -> None:
         await site.submit(2.0)
     assert caught.value.fault is Fault.INVALID_CIPHERTEXT
     assert site.asked == (1, 0)
+
+
+async def test_each_failure_is_noted_at_the_kmi_that_it_is_of() -> None:
+    site = Site("THROTTLED", hedge=0.01)
+    assert await site.by() == "two"
+    assert site.one.standing.is_good  # to be full is no failure, here too
+    site = Site("UNAVAILABLE", "UNAVAILABLE", hedge=0.01)
+    with pytest.raises(OperationError):
+        await site.submit()
+    assert (site.one.standing.is_good, site.two.standing.is_good) == (False, False)
+
+
+async def test_two_that_stall_leave_time_for_a_third() -> None:
+    site = Site("silent", "silent", "ok", hedge=0.01)
+    assert await site.by(0.4) == "more 0"
+    assert (site.one.standing.is_good, site.two.standing.is_good) == (False, False)
+    assert await site.by(0.4) == "more 0"
+    assert site.asked == (1, 1)
 
 
 # ---- standing --------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ class FakeLane:
         self.open = asyncio.Event()
         self.open.set()
         self.breaks = False
+        self.bug: Exception | None = None
         self.started = True
         self.probes = 0
         self.closed = False
@@ -37,6 +38,8 @@ class FakeLane:
         self.batches.append(len(batch))
         self.epochs.append(epoch)
         await self.open.wait()
+        if self.bug is not None:
+            raise self.bug
         if self.breaks:
             self.die()
             raise LaneError("planted", BreakReason.DEVICE, started=self.started)
@@ -63,6 +66,7 @@ class FakeLane:
 
     async def close(self) -> None:
         self.closed = True
+        self.die(BreakReason.EXIT)
 
 
 class FakeLauncher:
@@ -182,6 +186,74 @@ async def test_what_waits_is_seen_at_any_time(start: Start) -> None:
     assert sample(kmi, "xkiproxy_kmi_queue_depth") == 0
 
 
+class PickyLane(FakeLane):
+    """Refuses what is long at once, and the rest waits, as with lanes that ask over a network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.at_once = self.peak = 0
+
+    async def execute(self, batch: Sequence[Random], epoch: int, settle: Settle) -> None:
+        self.batches.append(len(batch))
+        self.at_once += 1
+        self.peak = max(self.peak, self.at_once)
+        for index in reversed(range(len(batch))):
+            if batch[index].length >= 1000:
+                settle(index, OperationError(Fault.KEY_NOT_FOUND, "planted"))
+        await self.open.wait()
+        for index, operation in enumerate(batch):
+            if operation.length < 1000:
+                settle(index, RandomBytes(bytes(operation.length)))
+        self.at_once -= 1
+
+
+@pytest.mark.parametrize("refused", [1, 3, 7])
+async def test_what_a_lane_refuses_early_brings_it_no_further_batches(
+    start: Start, refused: int
+) -> None:
+    lane = PickyLane()
+    kmi = await start(lane, queue_size=8, max_batch=8)
+    lane.open.clear()
+    tasks = []
+    for _ in range(20):
+        tasks += [asyncio.create_task(submit(kmi, 1)) for _ in range(8 - refused)]
+        tasks += [asyncio.create_task(submit(kmi, 1000)) for _ in range(refused)]
+        await asyncio.sleep(0.001)
+    peak, is_full = lane.peak, kmi.is_full
+    lane.open.set()
+    outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+    assert (peak <= 3, is_full) == (True, True)
+    assert sum(isinstance(o, OperationError) and o.fault is Fault.THROTTLED for o in outcomes) > 50
+    lane.batches.clear()
+    await asyncio.gather(*(submit(kmi, 1) for _ in range(8)))
+    assert lane.batches == [8]
+
+
+class CarelessLane(FakeLane):
+    """Settles each operation as often as its length says."""
+
+    async def execute(self, batch: Sequence[Random], epoch: int, settle: Settle) -> None:
+        self.batches.append(len(batch))
+        for index, operation in enumerate(batch):
+            for _ in range(operation.length):
+                settle(index, RandomBytes(bytes(operation.length)))
+
+
+async def test_a_lane_that_cannot_count_is_not_lost(start: Start) -> None:
+    kmi = await start(CarelessLane())
+    for lengths in ([2], [0], [1], [0, 0, 0, 0], [2, 2, 1, 1], [0, 1, 1], [1]):
+        outcomes = await asyncio.gather(
+            *(submit(kmi, length, soon(1)) for length in lengths), return_exceptions=True
+        )
+        for length, outcome in zip(lengths, outcomes, strict=True):
+            if length:
+                assert outcome == RandomBytes(bytes(length))
+            else:
+                assert isinstance(outcome, OperationError)
+                assert outcome.fault is Fault.INTERNAL
+    assert kmi._lanes[0].batches == [1, 1, 1, 4, 4, 3, 1]
+
+
 async def test_an_error_of_one_operation_stays_with_it(start: Start) -> None:
     kmi = await start(FakeLane())
     good, bad, other = await asyncio.gather(
@@ -234,6 +306,9 @@ async def test_a_client_that_goes_away_costs_the_kmi_nothing(start: Start) -> No
     lane.open.set()
     await running
     assert lane.batches == [1]
+    name, labels = "xkiproxy_kmi_operations_total", {"operation": "random"}
+    assert sample(kmi, name, **labels, outcome="cancelled") == 1
+    assert sample(kmi, name, **labels, outcome="internal") == 0
 
 
 async def test_the_batch_of_a_broken_lane_runs_again_alone(start: Start) -> None:
@@ -263,6 +338,21 @@ async def test_a_batch_that_was_not_begun_is_not_blamed(start: Start) -> None:
     for lane in lanes[:3]:
         lane.breaks, lane.started = True, False
     assert await submit(kmi, 1) == RandomBytes(bytes(1))
+
+
+async def test_a_lane_that_raises_what_nobody_expects_is_replaced(start: Start) -> None:
+    lanes = [FakeLane() for _ in range(4)]
+    kmi = await start(*lanes[:2], spare=lanes[2:])
+    for lane in lanes[:2]:
+        lane.bug = AttributeError("planted")
+    assert await fault(kmi, 1) is Fault.UNAVAILABLE  # on both: it may be the cause
+    await until(lambda: set(lanes[2:]) == set(kmi._lanes))
+    assert [lane.closed for lane in lanes] == [True, True, False, False]
+    assert kmi.state is KmiState.CONNECTED
+    assert await submit(kmi, 1) == RandomBytes(bytes(1))
+    lanes[2].bug = AttributeError("planted")
+    results = await asyncio.gather(*(submit(kmi, i) for i in range(12)))
+    assert [len(r.data) for r in results] == list(range(12))
 
 
 async def test_a_broken_lane_is_replaced(start: Start) -> None:
@@ -319,10 +409,10 @@ async def test_a_refused_login_is_never_tried_again(start: Start) -> None:
     for lane in lanes:
         lane.die()
     await until(lambda: all(task.done() for task in kmi._supervisors))
-    assert kmi.launcher.launches == before + 1
+    assert kmi.launcher.launches == before + 3  # the launcher sees to it that one PIN is sent
     assert (kmi.state, kmi.error) == (KmiState.DISCONNECTED, "the token refused the PIN")
     assert kmi.lanes == [LaneState.FAILED] * 3
-    assert sample(kmi, "xkiproxy_kmi_lane_restarts_total", reason="login") == 1
+    assert sample(kmi, "xkiproxy_kmi_lane_restarts_total", reason="login") == 3
     assert await fault(kmi, 1) is Fault.UNAVAILABLE
 
 
@@ -400,6 +490,45 @@ async def test_that_lanes_start_one_after_the_other_is_no_warning(
     assert levels == {"INFO"}
 
 
+async def test_a_start_that_hangs_holds_up_no_other(start: Start, monkeypatch) -> None:
+    monkeypatch.setattr("xkiproxy.kmi.dispatcher._PATIENCE_SECONDS", 0.1)
+    lane, hole = FakeLane(), asyncio.Event()
+
+    class Launcher(FakeLauncher):
+        async def launch(self, index: int) -> FakeLane:
+            if index == 0:
+                await hole.wait()
+            return await super().launch(index)
+
+    kmi = QueuedKmi(
+        "hsm", "pkcs11", Launcher(lane), KmiMetrics(Metrics(), "hsm"),
+        lanes=2, queue_size=8, max_batch=8,
+    )  # fmt: skip
+    kmi.start()
+    try:
+        async with asyncio.timeout(1):
+            await kmi.check()
+            assert await submit(kmi, 1) == RandomBytes(bytes(1))
+        assert kmi.state is KmiState.DEGRADED
+        failures = asyncio.create_task(kmi.first_failures())
+        await asyncio.sleep(0.05)
+        assert not failures.done()
+        hole.set()
+        assert await failures == ["no more lanes"]
+    finally:
+        await kmi.close()
+
+
+async def test_what_the_first_starts_failed_with_is_kept(start: Start) -> None:
+    kmi = await start(FakeLane(), FakeLane())
+    assert await kmi.first_failures() == []
+    kmi = await start()
+    assert await kmi.first_failures() == ["no more lanes"]
+    kmi.launcher.lanes.append(FakeLane())
+    await until(lambda: kmi.state is KmiState.CONNECTED)
+    assert await kmi.first_failures() == ["no more lanes"]
+
+
 async def test_keys_that_changed_make_a_new_epoch(start: Start) -> None:
     lane = FakeLane()
     kmi = await start(lane)
@@ -467,6 +596,7 @@ async def test_inline_kmi() -> None:
     assert kmi.state is KmiState.DISCONNECTED
     await kmi.check()
     assert kmi.state is KmiState.CONNECTED
+    assert not await kmi.first_failures()
     assert await kmi.submit(Random(4), soon()) == RandomBytes(bytes(4))
     with pytest.raises(OperationError) as caught:
         await kmi.submit(Random(4), soon(-1))

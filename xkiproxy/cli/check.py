@@ -5,10 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from xkiproxy.cli.common import DEFAULT_CONFIG, ConfigOption, JsonOption, out, print_json
 from xkiproxy.config import Config, ConfigError, Problem, load_config
 from xkiproxy.observability.logging import utf8
+
+if TYPE_CHECKING:
+    from xkiproxy.server.runtime import Runtime
 
 
 def check(config: ConfigOption = DEFAULT_CONFIG, as_json: JsonOption = False) -> None:
@@ -47,10 +51,10 @@ async def _open_all(settings: Config) -> None:
     from xkiproxy.server.runtime import Runtime  # noqa: PLC0415
     from xkiproxy.server.sinks import unreachable  # noqa: PLC0415
 
-    runtime = Runtime(settings)
+    runtime = Runtime(settings.reach_all())
     try:
         await runtime.start()
-        problems = [Problem("kmi", text) for text in runtime.problems()]
+        problems = [Problem("kmi", text) for text in await _kmi_problems(runtime)]
         for i, (store, tenant) in enumerate(zip(settings.keystore, runtime.tenants, strict=True)):
             form = store.ciphertext_format
             for why in await disagreements(tenant.store.kmis, runtime.catalog, form):
@@ -62,6 +66,25 @@ async def _open_all(settings: Config) -> None:
         await runtime.close()
     if problems:
         raise ConfigError(settings.path, problems)
+
+
+async def _kmi_problems(runtime: Runtime) -> list[str]:
+    """What is wrong with KMIs, also with those that serve: one address of several is away."""
+    from xkiproxy.kmi.base import KmiState  # noqa: PLC0415
+
+    failures = {kmi.name: await kmi.first_failures() for kmi in runtime.kmis.values()}
+    problems = runtime.problems()
+    for kmi in runtime.kmis.values():
+        known = list(failures[kmi.name])
+        if kmi.state is KmiState.DEGRADED and kmi.error not in known:
+            known.append(kmi.error)
+        disconnected = kmi.state is KmiState.DISCONNECTED
+        problems += [
+            f"kmi {kmi.name}, a lane: {text}"
+            for text in known
+            if not (disconnected and text == kmi.error)
+        ]
+    return problems
 
 
 def _reach_collector(settings: Config) -> list[Problem]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -203,6 +203,24 @@ class ClientTlsSettings(Section):
         return self
 
 
+_Endpoint = TypeVar("_Endpoint")
+
+
+def _divide(lanes: int, index: int, workers: int) -> tuple[int, int]:
+    """The number of the first lane of a worker among those of all, and how many it has."""
+    each, more = divmod(lanes, workers)
+    return index * each + min(index, more), each + (index < more)
+
+
+def _from(endpoints: tuple[_Endpoint, ...], first: int) -> tuple[_Endpoint, ...]:
+    """Endpoints in the order in which the lanes of a worker go to them, as if it had all lanes.
+
+    Otherwise workers with a lane each would all use the same one.
+    """
+    start = first % len(endpoints)
+    return endpoints[start:] + endpoints[:start]
+
+
 class KmiSettings(Section):
     """What every kind of KMI has."""
 
@@ -220,6 +238,10 @@ class KmiSettings(Section):
     def share(self, index: int, workers: int) -> Self:
         """What of it one of several worker processes has; `index` from 0."""
         del index, workers
+        return self
+
+    def reach_all(self) -> Self:
+        """With lanes enough that one goes to each token or address."""
         return self
 
 
@@ -283,7 +305,7 @@ class Pkcs11Settings(KmiSettings):
         tuple[TokenSettings, ...], BeforeValidator(_as_list), Field(min_length=1, max_length=16)
     ]
     """The token, or a list of tokens: several HSMs with the same keys, over which the lanes are
-    spread.
+    spread. A lane that cannot be started at one is started at the next.
     """
 
     pin: SecretSource
@@ -319,8 +341,13 @@ class Pkcs11Settings(KmiSettings):
 
     def share(self, index: int, workers: int) -> Self:
         """The lanes are divided: a token has so many sessions, however many processes there are."""
-        lanes = self.lanes // workers + (index < self.lanes % workers)
-        return self.model_copy(update={"lanes": lanes})
+        first, lanes = _divide(self.lanes, index, workers)
+        token = _from(self.token, first)
+        return self.model_copy(update={"lanes": lanes, "token": token})
+
+    def reach_all(self) -> Self:
+        """See `KmiSettings.reach_all`."""
+        return self.model_copy(update={"lanes": max(self.lanes, len(self.token))})
 
 
 class KmipTlsSettings(ClientTlsSettings):
@@ -341,6 +368,7 @@ class KmipSettings(KmiSettings):
         tuple[Address, ...], BeforeValidator(_as_addresses), Field(min_length=1, max_length=16)
     ]
     """The server, or a list: several servers with the same keys, over which the lanes are spread.
+    A lane that cannot be started at one is started at the next.
     """
 
     tls: KmipTlsSettings
@@ -376,8 +404,13 @@ class KmipSettings(KmiSettings):
 
     def share(self, index: int, workers: int) -> Self:
         """The lanes are divided: a server takes so many connections."""
-        lanes = self.lanes // workers + (index < self.lanes % workers)
-        return self.model_copy(update={"lanes": lanes})
+        first, lanes = _divide(self.lanes, index, workers)
+        address = _from(self.address, first)
+        return self.model_copy(update={"lanes": lanes, "address": address})
+
+    def reach_all(self) -> Self:
+        """See `KmiSettings.reach_all`."""
+        return self.model_copy(update={"lanes": max(self.lanes, len(self.address))})
 
 
 _MOUNT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")
@@ -482,7 +515,7 @@ class TransitSettings(KmiSettings):
         Field(min_length=1, max_length=16),
     ]
     """`https://bao.internal:8200`, or a list: nodes of one cluster, over which the lanes are
-    spread.
+    spread. A lane that cannot be started at one is started at the next.
     """
 
     mount: Mount = "transit"
@@ -518,11 +551,13 @@ class TransitSettings(KmiSettings):
     """For login and check."""
 
     operation_timeout_ms: Annotated[int, Field(ge=10, le=60_000)] = 1000
-    """A lane without an answer for so long is replaced."""
+    """A lane without an answer for so long is replaced; the answer for each key of a batch begins
+    the time anew.
+    """
 
     probe_key: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")] | None = None
-    """A key that the check of health encrypts and decrypts with; without it the check draws random
-    bytes.
+    """A key that the check of health encrypts and decrypts with, also to see that associated data
+    are authenticated; without it the check draws random bytes and looks at the server's version.
     """
 
     @model_validator(mode="after")
@@ -541,8 +576,13 @@ class TransitSettings(KmiSettings):
 
     def share(self, index: int, workers: int) -> Self:
         """The lanes are divided, so that the server sees as many whatever `workers` is."""
-        lanes = self.lanes // workers + (index < self.lanes % workers)
-        return self.model_copy(update={"lanes": lanes})
+        first, lanes = _divide(self.lanes, index, workers)
+        address = _from(self.address, first)
+        return self.model_copy(update={"lanes": lanes, "address": address})
+
+    def reach_all(self) -> Self:
+        """See `KmiSettings.reach_all`."""
+        return self.model_copy(update={"lanes": max(self.lanes, len(self.address))})
 
 
 KMI_SETTINGS: dict[str, type[KmiSettings]] = {
@@ -864,6 +904,10 @@ class Config(Section):
         audit = self.audit.model_copy(update={"path": own})
         kmis = tuple(kmi.share(index, self.server.workers) for kmi in self.kmi)
         return self.model_copy(update={"audit": audit, "kmi": kmis})
+
+    def reach_all(self) -> Config:
+        """The configuration with lanes enough that each token and address of a KMI has one."""
+        return self.model_copy(update={"kmi": tuple(kmi.reach_all() for kmi in self.kmi)})
 
     def find_kmi(self, name: str) -> KmiSettings:
         """The section of a KMI; raises KeyError."""

@@ -205,6 +205,8 @@ class Fault(Enum):
     KEY_PENDING_DELETION = auto()
     KEY_UNUSABLE = auto()
     """Any other state in which the key cannot be used."""
+    KEY_FORBIDDEN = auto()
+    """The KMI is there, and does not let the proxy use this key."""
     USAGE_FORBIDDEN = auto()
     ACCESS_DENIED = auto()
     THROTTLED = auto()

@@ -1,9 +1,10 @@
 """From one KMI to the next: what happens when the KMI that is preferred does not answer.
 
 A KMI that is away refuses at once; one that has stalled says nothing. So an attempt may take half
-of the time that is left, unless it is the last, and the next KMI gets the other half. What has
-failed is left alone for a pause that grows with each failure; then one request, and only one, tries
-it. Encrypt and decrypt may be done twice: nothing is changed by them.
+of the time that is left, unless it is the last, and the next KMI gets the other half. Two that are
+asked at the same time share their half. What has failed is left alone for a pause that grows with
+each failure; then one request, and only one, tries it. Encrypt and decrypt may be done twice:
+nothing is changed by them.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ _DISCONNECTED = KmiState.DISCONNECTED
 _FAIR_SECONDS = 0.02
 """An attempt that had less time says nothing of the KMI."""
 
-_ELSEWHERE = frozenset({Fault.UNAVAILABLE, Fault.DEADLINE_EXCEEDED, Fault.THROTTLED})
+_ELSEWHERE = frozenset(
+    {Fault.UNAVAILABLE, Fault.DEADLINE_EXCEEDED, Fault.THROTTLED, Fault.KEY_FORBIDDEN}
+)
 """What another KMI may do better; everything else would be the same there."""
 
 
@@ -77,24 +80,20 @@ class Failover:
         """
         left = _by_standing(kmis, time.monotonic())
         while True:
-            kmi = left.pop(0)
+            one = left.pop(0)
+            other = left.pop(0) if self._hedge_after is not None and left else None
             began = time.monotonic()
             limit = began + (deadline - began) / 2 if left else deadline
             try:
-                if self._hedge_after is not None and left:
-                    asked = (kmi, left.pop(0))
-                    served = await self._hedge(*asked, operation, deadline, enter, timing)
+                if other is not None:
+                    served = await self._hedge(one, other, operation, limit, enter, timing)
                 else:
-                    enter(kmi)
-                    served = Served(await kmi.submit(operation, limit, timing), kmi)
+                    _enter(one, enter)
+                    served = Served(await _ask(one, operation, limit, timing), one)
             except OperationError as error:
-                if error.fault not in _ELSEWHERE:
-                    raise
-                _note_failure(kmi, error.fault, limit - began)
-                if not left or time.monotonic() >= deadline:
+                if error.fault not in _ELSEWHERE or not left or time.monotonic() >= deadline:
                     raise
             else:
-                served.kmi.standing.succeed()
                 if served.kmi is not kmis[0]:
                     self._counts.failed_over(kmis[0].name, served.kmi.name)
                 return served
@@ -104,22 +103,23 @@ class Failover:
         one: Kmi,
         other: Kmi,
         operation: Operation,
-        deadline: float,
+        limit: float,
         enter: Enter,
         timing: Timing | None,
     ) -> Served:
-        """Ask the second when the first is slow, or fails; the first result counts."""
-        enter(one)
-        first = asyncio.ensure_future(one.submit(operation, deadline, timing))
+        """Ask the second when the first is slow, or fails; the first result counts.
+
+        To be slow once is no failure.
+        """
+        _enter(one, enter)
+        first = asyncio.ensure_future(_ask(one, operation, limit, timing))
         asked: dict[asyncio.Future[Result], Kmi] = {first: one}
         try:
             await asyncio.wait(asked, timeout=self._hedge_after)
             if not first.done() or _failed(first):
-                if first.done():  # to be slow once is no failure
-                    _note_failure(one, Fault.UNAVAILABLE, 0.0)
                 with suppress(OperationError):  # it may not be asked: the first has the last word
                     enter(other)
-                    second = asyncio.ensure_future(other.submit(operation, deadline, timing))
+                    second = asyncio.ensure_future(_ask(other, operation, limit, timing))
                     asked[second] = other
             task = await _first_good(asked)
             if len(asked) > 1:
@@ -129,6 +129,37 @@ class Failover:
         finally:
             for task in asked:
                 task.cancel()
+
+
+def _enter(kmi: Kmi, enter: Enter) -> None:
+    """As `enter`; a KMI that may not be asked is left to the next request to try."""
+    try:
+        enter(kmi)
+    except OperationError:
+        kmi.standing.give_back()
+        raise
+
+
+async def _ask(kmi: Kmi, operation: Operation, limit: float, timing: Timing | None) -> Result:
+    """What a KMI answers until `limit`; that it did, or did not, is noted with it."""
+    began = time.monotonic()
+    try:
+        result = await kmi.submit(operation, limit, timing)
+    except OperationError as error:
+        _note(kmi, error.fault, limit - began)
+        raise
+    kmi.standing.succeed()
+    return result
+
+
+def _note(kmi: Kmi, fault: Fault, seconds: float) -> None:
+    """What an attempt that failed, and had so many seconds, says of the KMI."""
+    if fault is Fault.UNAVAILABLE or (
+        fault is Fault.DEADLINE_EXCEEDED and seconds >= _FAIR_SECONDS
+    ):
+        kmi.standing.fail(time.monotonic())
+    elif fault not in {Fault.DEADLINE_EXCEEDED, Fault.THROTTLED}:
+        kmi.standing.succeed()
 
 
 async def _first_good(asked: Collection[asyncio.Future[Result]]) -> asyncio.Future[Result]:
@@ -159,10 +190,3 @@ def _by_standing(kmis: Sequence[Kmi], now: float) -> list[Kmi]:
 
 def _is_away(kmi: Kmi) -> bool:
     return kmi.state is _DISCONNECTED or not kmi.standing.is_good
-
-
-def _note_failure(kmi: Kmi, fault: Fault, seconds: float) -> None:
-    if fault is Fault.UNAVAILABLE or (
-        fault is Fault.DEADLINE_EXCEEDED and seconds >= _FAIR_SECONDS
-    ):
-        kmi.standing.fail(time.monotonic())

@@ -81,7 +81,7 @@ class Lane(Protocol):
         ...
 
     async def close(self) -> None:
-        """End it, whatever state it is in."""
+        """End it, whatever state it is in; it counts as broken then. May be called twice."""
         ...
 
 
@@ -93,7 +93,11 @@ class Launcher(Protocol):
     """Starts the lanes of a KMI."""
 
     async def launch(self, index: int) -> Lane:
-        """Start the lane of this index (0 and up); raises LaneError."""
+        """Start the lane of this index (0 and up); raises LaneError.
+
+        Several lanes may be started at the same time. `BreakReason.LOGIN` ends it: no lane is
+        started again after that.
+        """
         ...
 
 

@@ -50,6 +50,9 @@ _LAST_PAUSE_SECONDS = 2.0
 _STEADY_SECONDS = 1.0
 """A lane that ran so long was well: its next start is not delayed."""
 
+_PATIENCE_SECONDS = 5.0
+"""So long the first check waits for the other lanes once one is there."""
+
 _STARTING = "its lanes are starting"
 
 
@@ -101,6 +104,14 @@ class Kmi(Protocol):
         """A deep check: sets `state`, `checked` and `error`."""
         ...
 
+    async def first_failures(self) -> Sequence[str]:
+        """What the first start of each lane failed with, once all were tried.
+
+        Its state says nothing of that: a lane that cannot be started at one endpoint is started at
+        another.
+        """
+        ...
+
     def start(self) -> None:
         """Begin to work; in a running event loop."""
         ...
@@ -127,7 +138,7 @@ class KmiMetrics:
         self.queue_capacity = metrics.kmi_queue_capacity.labels(kmi)
 
     def finished(self, kind: type, seconds: float, outcome: str) -> None:
-        """Count an operation; `outcome` is `ok` or the name of a Fault in lower case."""
+        """Count an operation; `outcome` is `ok`, `cancelled` or a Fault's name in lower case."""
         children = self._operations.get((kind, outcome))
         if children is None:
             operation = kind.__name__.lower()
@@ -209,6 +220,10 @@ class InlineKmi:
         else:
             self._become(KmiState.CONNECTED, "")
 
+    async def first_failures(self) -> Sequence[str]:
+        """See `Kmi.first_failures`: there is nothing to start."""
+        return ()
+
     def start(self) -> None:
         """See `Kmi.start`."""
 
@@ -251,6 +266,16 @@ class _Item:
             self.batch: Batch | None = None
 
 
+class _Load:
+    """What a lane has been given and has not settled; its next batch comes at `enough`."""
+
+    __slots__ = ("enough", "unsettled")
+
+    def __init__(self) -> None:
+        self.unsettled = 0
+        self.enough = 0
+
+
 class QueuedKmi:
     """A KMI with supervised lanes, a bounded queue and batches."""
 
@@ -287,11 +312,13 @@ class QueuedKmi:
         """Why the last start of each lane failed; empty where it did not."""
         metrics.count_lanes(lambda: self.lanes)
         self._idle: deque[Lane] = deque()
+        self._loads: dict[Lane, _Load] = {}
         self._batches: set[asyncio.Task[None]] = set()
-        self._starting = asyncio.Lock()
         self._breaker_open = False
-        self._login_refused: LaneError | None = None
-        self._settled = asyncio.Event()
+        self._untried = set(range(lanes))
+        self._first_failures: list[str] = []
+        self._any_tried = asyncio.Event()
+        self._all_tried = asyncio.Event()
         self._supervisors: list[asyncio.Task[None]] = []
 
     @property
@@ -337,6 +364,9 @@ class QueuedKmi:
         except OperationError as error:
             outcome = error.fault.name.lower()
             raise
+        except asyncio.CancelledError:
+            outcome = "cancelled"  # another KMI was faster
+            raise
         finally:
             timer.cancel()
             ended = time.monotonic()
@@ -347,12 +377,21 @@ class QueuedKmi:
     async def check(self) -> None:
         """See `Kmi.check`: every lane that is there encrypts and decrypts with its probe key.
 
-        The first check waits until the lanes have been started, or could not be.
+        The first check waits until the lanes have been started, or could not be; once there is one
+        it does not wait long for one that hangs.
         """
-        await self._settled.wait()
+        await self._any_tried.wait()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_PATIENCE_SECONDS):
+                await self._all_tried.wait()
         self.checked = time.monotonic()
         lanes = [lane for lane in self._lanes if lane is not None]
         await asyncio.gather(*(_probe(lane) for lane in lanes))
+
+    async def first_failures(self) -> Sequence[str]:
+        """See `Kmi.first_failures`."""
+        await self._all_tried.wait()
+        return self._first_failures
 
     def refresh(self, keys_changed: bool) -> None:
         """See `Kmi.refresh`: every lane looks its keys up again when it next needs them."""
@@ -377,7 +416,8 @@ class QueuedKmi:
     def _pump(self) -> None:
         self._pumping = False
         while self._idle and (batch := self._take_batch()):
-            task = self._loop.create_task(self._execute(self._idle.popleft(), batch))
+            lane = self._idle.popleft()
+            task = self._loop.create_task(self._execute(lane, self._loads[lane], batch))
             self._batches.add(task)
             task.add_done_callback(self._batches.discard)
 
@@ -399,17 +439,24 @@ class QueuedKmi:
                 break
         return batch
 
-    async def _execute(self, lane: Lane, batch: list[_Item]) -> None:
+    async def _execute(self, lane: Lane, load: _Load, batch: list[_Item]) -> None:
         self._metrics.batch_size.observe(len(batch))
         for item in batch:
             if item.followed:
                 item.batch = Batch(self._index(lane), len(batch), time.monotonic())
-        # When a quarter is left the lane may have its next batch: it goes on without a pause.
-        nearly_done = len(batch) - 1 - len(batch) // 4
+        # When a quarter is left the lane may have its next batch: it goes on without a pause. What
+        # is left of the one before counts too: a lane may refuse most of a batch before it has sent
+        # anything, and must not be given one after the other then.
+        left = len(batch)
+        load.unsettled += left
+        load.enough = left // 4
 
         def settle(index: int, outcome: Result | OperationError) -> None:
+            nonlocal left
             _settle(batch[index], outcome)
-            if index == nearly_done:
+            left -= 1
+            load.unsettled -= 1
+            if load.unsettled == load.enough:
                 self._free(lane)
 
         try:
@@ -417,9 +464,25 @@ class QueuedKmi:
         except LaneError as error:
             self._run_again(batch, started=error.started)
         except Exception:
-            # Whatever a lane raises, the requests it was given must get an answer.
-            _log.exception("KMI %s: a lane failed", self.name)
+            # Whatever a lane raises, the requests it was given must get an answer, and nobody knows
+            # what state the lane is in: it is closed, so that its supervisor starts another.
+            index = self._index(lane)
+            _log.exception("KMI %s: lane %d failed", self.name, index)
+            self._retire(lane)
             self._run_again(batch, started=True)
+            await self._close(index, lane)
+        else:
+            if left:
+                self._make_up(lane, load, batch, left)
+
+    def _make_up(self, lane: Lane, load: _Load, batch: list[_Item], left: int) -> None:
+        """A lane that forgot some of a batch, or settled some twice, must not be lost by it."""
+        _log.error("KMI %s: lane %d left %d open", self.name, self._index(lane), left)
+        for item in batch:
+            _settle(item, OperationError(Fault.INTERNAL, "The key manager gave no answer."))
+        load.unsettled -= left
+        if load.unsettled <= load.enough and lane not in self._idle:
+            self._free(lane)
 
     def _index(self, lane: Lane) -> int:
         """Which lane it is; -1 for one that has just been taken away."""
@@ -429,6 +492,11 @@ class QueuedKmi:
         if lane in self._lanes:
             self._idle.append(lane)
             self._schedule_pump()
+
+    def _retire(self, lane: Lane) -> None:
+        """Give it nothing more."""
+        if lane in self._idle:
+            self._idle.remove(lane)
 
     def _run_again(self, batch: list[_Item], *, started: bool) -> None:
         """What is not settled goes back to the front; `started` counts as an attempt."""
@@ -456,9 +524,9 @@ class QueuedKmi:
             try:
                 lane = await self._start(index)
             except LaneError as error:
-                if error is not self._login_refused:  # which was counted when it was tried
-                    self._metrics.restarted(error.reason)
+                self._metrics.restarted(error.reason)
                 self._start_failed(index, error)
+                self._note_first(index, error.message)
                 if error.reason is BreakReason.LOGIN:
                     return
             else:
@@ -484,27 +552,26 @@ class QueuedKmi:
             _log.exception("KMI %s: lane %d cannot be closed", self.name, index)
 
     async def _start(self, index: int) -> Lane:
-        """One after the other: a wrong PIN must be tried once, not once for every lane."""
-        async with self._starting:
-            if self._login_refused is not None:
-                raise self._login_refused
-            try:
-                return await self._launcher.launch(index)
-            except LaneError:
-                raise
-            except Exception as error:
-                # Whatever it was (no thread, no memory): it is tried again, as any failed start.
-                _log.exception("KMI %s: lane %d cannot be started", self.name, index)
-                raise LaneError(type(error).__name__, BreakReason.START) from None
+        """All at the same time: what must wait for another does so in the launcher."""
+        try:
+            return await self._launcher.launch(index)
+        except LaneError:
+            raise
+        except Exception as error:
+            # Whatever it was (no thread, no memory): it is tried again, as any failed start.
+            _log.exception("KMI %s: lane %d cannot be started", self.name, index)
+            raise LaneError(type(error).__name__, BreakReason.START) from None
 
     async def _serve(self, index: int, lane: Lane) -> LaneError:
         self._lanes[index] = lane
         self._failures[index] = ""
         # Why others are still away, rather than why this one was.
         self.error = next(filter(None, self._failures), self.error)
+        self._loads[lane] = _Load()
         self._idle.append(lane)
         self._breaker_open = False
         self._become()
+        self._note_first(index)
         self._schedule_pump()
         broken = await lane.wait_broken()
         self._note(broken)
@@ -512,8 +579,8 @@ class QueuedKmi:
 
     def _remove(self, index: int, lane: Lane) -> None:
         self._lanes[index] = None
-        if lane in self._idle:
-            self._idle.remove(lane)
+        self._loads.pop(lane, None)
+        self._retire(lane)
         self._become()
 
     def _start_failed(self, index: int, error: LaneError) -> None:
@@ -521,14 +588,22 @@ class QueuedKmi:
             _log.error("KMI %s: a lane cannot be started: %s", self.name, error.message)
         self._failures[index] = error.message
         self._note(error)
-        if error.reason is BreakReason.LOGIN:
-            self._login_refused = error
         if not any(self._lanes):
             # Nothing is there and nothing can be started: the next request need not wait for it.
             self._breaker_open = True
             self._refuse_all()
         self._become()
-        self._settled.set()
+
+    def _note_first(self, index: int, failure: str = "") -> None:
+        """What came of the first start of a lane; of others nothing is noted."""
+        if index not in self._untried:
+            return
+        self._untried.remove(index)
+        if failure and failure not in self._first_failures:
+            self._first_failures.append(failure)
+        self._any_tried.set()
+        if not self._untried:
+            self._all_tried.set()
 
     def _note(self, error: LaneError) -> None:
         self.error = error.message
@@ -539,7 +614,6 @@ class QueuedKmi:
         if up == len(self._lanes):
             state = KmiState.CONNECTED
             self.error = ""
-            self._settled.set()
         else:
             state = KmiState.DEGRADED if up else KmiState.DISCONNECTED
         if state is not self.state:

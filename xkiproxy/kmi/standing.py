@@ -35,6 +35,12 @@ class Standing:
         self._is_on_trial = True
         return True
 
+    def give_back(self) -> None:
+        """What was given out as a trial came to nothing: the next may try at once."""
+        if self._is_on_trial:
+            self._is_on_trial = False
+            self._until = 0.0
+
     def fail(self, now: float) -> None:
         """An attempt failed, or took too long; those that had begun before count for nothing."""
         if self._pause == 0.0:
@@ -47,5 +53,6 @@ class Standing:
         self._until = now + self._pause
 
     def succeed(self) -> None:
-        """An attempt succeeded."""
+        """It has answered, be it with a refusal: it is there."""
         self._pause = 0.0
+        self._is_on_trial = False

@@ -6,8 +6,11 @@
  *   SHIM_VENDOR        a vendor's numbers for SM4 are taken, and stand for AES-128: no module with
  *                      SM4 can be had here, so this is a stand-in that walks the same path
  *   SHIM_MAKE_IV       C_EncryptInit under AES-GCM makes the IV, as the HSMs of FIPS 140-3 do
+ *   SHIM_APPEND_IV     C_Encrypt appends 12 bytes to what is longer than the text of the probe key
  *   SHIM_COUNT_LOGINS  a file that grows by a byte with each C_Login
  *   SHIM_REFUSE_TOKEN  while this file exists no token is present
+ *   SHIM_FAIL_DECRYPT  a file with a code, in hexadecimal: the next C_Decrypt of more than 32 bytes,
+ *                      which is none of the probe key, takes the file away and returns the code
  *   SHIM_STRICT        read-only sessions are refused, as by AWS CloudHSM's client 5, and so are new
  *                      keys that do anything but encrypt and decrypt
  *
@@ -18,6 +21,7 @@
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <fcntl.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/random.h>
@@ -277,34 +281,67 @@ static rv_t obey(const unsigned char *data, ulong_t length)
 
 typedef rv_t (*crypt_t)(ulong_t, unsigned char *, ulong_t, unsigned char *, ulong_t *);
 
+/* An error ends the operation: here it ends by running, its result thrown away. */
+static rv_t end_with(rv_t code, crypt_t call, ulong_t session, unsigned char *data, ulong_t length)
+{
+	ulong_t size = length + 64;
+	unsigned char *scratch = malloc(size);
+
+	if (!scratch)
+		abort();
+	call(session, data, length, scratch, &size);
+	free(scratch);
+	return code;
+}
+
 static rv_t run_or_refuse(crypt_t call, ulong_t session, unsigned char *data, ulong_t length,
 		  unsigned char *to, ulong_t *to_length)
 {
 	rv_t ordered = obey(data, length);
 
-	if (ordered) {
-		/* An error ends the operation: here it ends by running, its result thrown away. */
-		ulong_t size = length + 64;
-		unsigned char *scratch = malloc(size);
-
-		if (!scratch)
-			abort();
-		call(session, data, length, scratch, &size);
-		free(scratch);
-		return ordered;
-	}
+	if (ordered)
+		return end_with(ordered, call, session, data, length);
 	return call(session, data, length, to, to_length);
 }
 
 static rv_t shim_encrypt(ulong_t session, unsigned char *data, ulong_t length, unsigned char *to,
 			 ulong_t *to_length)
 {
-	return run_or_refuse(real->call[C_ENCRYPT], session, data, length, to, to_length);
+	ulong_t room = *to_length;
+	rv_t rv = run_or_refuse(real->call[C_ENCRYPT], session, data, length, to, to_length);
+
+	if (rv == CKR_OK && length > 5 && getenv("SHIM_APPEND_IV")) {
+		if (*to_length + 12 > room)
+			abort();
+		memset(to + *to_length, 0x1f, 12);
+		*to_length += 12;
+	}
+	return rv;
+}
+
+/* The code that this decrypt is to fail with, once; CKR_OK for none. */
+static rv_t planted_failure(ulong_t length)
+{
+	const char *name = getenv("SHIM_FAIL_DECRYPT");
+	FILE *file = name && length > 32 ? fopen(name, "r") : NULL;
+	rv_t code = CKR_OK;
+
+	if (file) {
+		if (fscanf(file, "%lx", &code) != 1)
+			abort();
+		fclose(file);
+		unlink(name);
+	}
+	return code;
 }
 
 static rv_t shim_decrypt(ulong_t session, unsigned char *data, ulong_t length, unsigned char *to,
 			 ulong_t *to_length)
 {
+	rv_t planted = planted_failure(length);
+
+	if (planted)
+		return end_with(planted, real->call[C_DECRYPT], session, data, length);
 	return run_or_refuse(real->call[C_DECRYPT], session, data, length, to, to_length);
 }
 

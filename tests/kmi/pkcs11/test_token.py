@@ -273,6 +273,21 @@ async def test_a_module_that_makes_no_iv_is_refused(hsm: Hsm, start_kmi) -> None
     assert await fault_of(kmi, Encrypt("key", b"x")) is Fault.UNAVAILABLE
 
 
+async def test_a_module_that_makes_another_ciphertext_than_gcm_does_is_refused(
+    shimmed: Hsm, start_kmi, monkeypatch
+) -> None:
+    """With its IV in it, it would look well and never decrypt."""
+    monkeypatch.setenv("SHIM_APPEND_IV", "1")
+    shimmed.plant("key", KEYS["aes256"])
+    kmi = await start_kmi(shimmed.settings())
+    for iv in (None, os.urandom(12)):
+        assert await fault_of(kmi, Encrypt("key", b"a text", iv=iv)) is Fault.UNAVAILABLE
+    monkeypatch.setenv("SHIM_MAKE_IV", "1")
+    kmi = await start_kmi(shimmed.settings(iv="hsm"))
+    made = await encrypt(kmi, Encrypt("key", b"a text"))
+    assert (await decrypt(kmi, opening(Encrypt("key", b"a text"), made))).plaintext == b"a text"
+
+
 async def test_a_module_that_is_strict(shimmed: Hsm, start_kmi, open_manager, monkeypatch) -> None:
     """No read-only sessions, no key that may do more than it needs to."""
     monkeypatch.setenv("SHIM_STRICT", "1")
@@ -333,7 +348,7 @@ def test_sm4_without_a_vendors_numbers(manager) -> None:
         manager.create("sm4", KeySpec.SM4)
 
 
-@pytest.mark.parametrize("code", ["5", "6", "20", "21", "30000000"])
+@pytest.mark.parametrize("code", ["5", "6", "7", "20", "21", "40", "41", "42", "C0"])
 async def test_a_module_with_odd_codes_for_a_wrong_tag(shimmed: Hsm, start_kmi, code: str) -> None:
     """CKR_GENERAL_ERROR and the like: the probe key says that the device is well."""
     shimmed.plant("key", KEYS["aes256"])
@@ -341,6 +356,38 @@ async def test_a_module_with_odd_codes_for_a_wrong_tag(shimmed: Hsm, start_kmi, 
     sealed = f"SHIM-RV:{code};".encode() + bytes(32)
     assert await fault_of(kmi, Decrypt("key", sealed, bytes(12), 1)) is Fault.INVALID_CIPHERTEXT
     assert restarts(kmi) == 0
+
+
+@pytest.mark.parametrize("code", ["50", "200", "30000000", "80000001"])
+async def test_a_code_that_says_nothing_of_the_ciphertext(
+    shimmed: Hsm, start_kmi, code: str
+) -> None:
+    """Whoever hears that a ciphertext is wrong may throw it away."""
+    shimmed.plant("key", KEYS["aes256"])
+    kmi = await start_kmi(shimmed.settings())
+    sealed = f"SHIM-RV:{code};".encode() + bytes(32)
+    assert await fault_of(kmi, Decrypt("key", sealed, bytes(12), 1)) is Fault.INTERNAL
+    assert restarts(kmi) == 0
+
+
+@pytest.mark.parametrize("code", ["5", "6", "40", "50", "200", "80000001"])
+async def test_a_decrypt_that_fails_for_a_moment(
+    shimmed: Hsm, start_kmi, tmp_path: Path, monkeypatch, code: str
+) -> None:
+    planted = tmp_path / "planted"
+    monkeypatch.setenv("SHIM_FAIL_DECRYPT", str(planted))
+    shimmed.plant("key", KEYS["aes256"])
+    kmi = await start_kmi(shimmed.settings())
+    way = Encrypt("key", b"a text that is long enough for the shim", aad=b"an aad")
+    made = await encrypt(kmi, way)
+    planted.write_text(code)
+    assert (await decrypt(kmi, opening(way, made))).plaintext == way.plaintext
+    assert not planted.exists()
+    assert restarts(kmi) == 0
+    planted.write_text(code)  # and SoftHSM says something else of a wrong one, but for 5
+    wrong = replace(opening(way, made), aad=b"another")
+    assert await fault_of(kmi, wrong) is Fault.INVALID_CIPHERTEXT
+    assert restarts(kmi) == (code != "5")
 
 
 async def test_the_aad_of_the_envelope_binds_the_version(hsm: Hsm, kmi: QueuedKmi) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 from dataclasses import replace
 
 import pytest
 from conftest import StartKmi
 from Cryptodome.Cipher import AES
-from hsm import bound, decrypt, encrypt, eventually, opening, submit
+from hsm import bound, decrypt, encrypt, eventually, opening, restarts, submit
 from test_end_to_end import free_ports
 from transit import TransitSite
 from transit_server import TransitServer
@@ -29,6 +30,9 @@ from xkiproxy.crypto.operations import (
     RandomBytes,
 )
 from xkiproxy.kmi.base import KmiState
+from xkiproxy.kmi.dispatcher import QueuedKmi
+from xkiproxy.kmi.registry import open_kmi
+from xkiproxy.observability.metrics import Metrics
 
 RAW = CiphertextFormat.RAW
 
@@ -223,7 +227,7 @@ async def test_a_key_that_is_destroyed_is_not_made_again(
                 await submit(kmi, operation)
             faults.append(caught.value.fault)
     # The first encryption still knows the key, and the policy does not let it be made.
-    assert faults == [Fault.UNAVAILABLE, *[Fault.KEY_NOT_FOUND] * 3]
+    assert faults == [Fault.KEY_FORBIDDEN, *[Fault.KEY_NOT_FOUND] * 3]
     assert "key" not in server.keys
 
 
@@ -259,6 +263,22 @@ async def test_the_largest_batch_is_within_the_limit_of_strings(
     kmi = await start_kmi(site.settings(max_batch=128))
     await asyncio.gather(*(encrypt(kmi, Encrypt("key", b"x")) for _ in range(400)))
     assert max(len(body["batch_input"]) for body in server.asked("transit/encrypt")) == 128
+
+
+async def test_a_batch_of_many_keys_at_a_slow_server_costs_no_lane(
+    site: TransitSite, server: TransitServer, start_kmi: StartKmi
+) -> None:
+    names = [f"key-{number}" for number in range(40)]
+    for name in names:
+        server.add_key(name)
+    kmi = await start_kmi(site.settings(connections=4, operation_timeout_ms=600))
+    server.delay = 0.1
+    await asyncio.gather(*(encrypt(kmi, Encrypt(name, b"x"), 10) for name in names))
+    assert restarts(kmi) == 0
+    server.delay = 2.0  # and one that does not answer in time still does
+    with pytest.raises(OperationError):
+        await encrypt(kmi, Encrypt("key", b"x"), 1.5)
+    assert restarts(kmi) >= 1
 
 
 async def test_idle_connections_that_the_server_closed_are_replaced(
@@ -297,6 +317,72 @@ async def test_lanes_are_spread_over_addresses(
     """One node of two is away: the other serves."""
     away = f"https://localhost:{free_ports(1)[0]}"
     kmi = await start_kmi(site.settings(address=[away, server.address], lanes=2))
-    await eventually(lambda: kmi.state is KmiState.DEGRADED)
-    assert f"{away}: cannot be reached" in kmi.error
+    (failure,) = await kmi.first_failures()
+    assert f"{away}: cannot be reached" in failure
+    await eventually(lambda: kmi.state is KmiState.CONNECTED)
     await encrypt(kmi, Encrypt("key", b"x"))
+
+
+async def test_one_lane_is_enough_for_two_addresses(
+    site: TransitSite, server: TransitServer, start_kmi: StartKmi
+) -> None:
+    away = f"https://localhost:{free_ports(1)[0]}"
+    kmi = await start_kmi(site.settings(address=[away, server.address], lanes=1))
+    await eventually(lambda: kmi.state is KmiState.CONNECTED)
+    await encrypt(kmi, Encrypt("key", b"x"))
+
+
+async def test_an_address_that_swallows_everything_holds_nobody_up(
+    site: TransitSite, server: TransitServer, start_kmi: StartKmi
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as hole:
+        address = f"https://localhost:{hole.getsockname()[1]}"
+        settings = site.settings(
+            address=[address, server.address], lanes=4, start_timeout_seconds=4
+        )
+        kmi = open_kmi(settings, Metrics())
+        assert isinstance(kmi, QueuedKmi)
+        kmi.start()
+        try:
+            await eventually(lambda: kmi.state is KmiState.DEGRADED, 1)
+            await encrypt(kmi, Encrypt("key", b"x"))
+            await eventually(lambda: kmi.state is KmiState.CONNECTED, 8)
+            server.stop()
+            await kmi.check()
+            await eventually(lambda: kmi.state is KmiState.DISCONNECTED, 4)
+            server.start(server.port)
+            # Some lanes are at the hole for their time; those that are not serve.
+            await eventually(lambda: kmi.state is not KmiState.DISCONNECTED, 3)
+        finally:
+            await kmi.close()
+
+
+@pytest.mark.parametrize("version", ["1.12.11", "1.12.3+ent", "0.11.6", None, "", "next"])
+async def test_a_server_that_may_drop_associated_data_is_refused(
+    site: TransitSite, server: TransitServer, start_kmi: StartKmi, version: str | None
+) -> None:
+    server.version, server.drops_associated_data = version, True
+    kmi = await start_kmi(site.settings())
+    assert kmi.state is KmiState.DISCONNECTED
+    assert "associated data" in kmi.error
+    with pytest.raises(OperationError):
+        await encrypt(kmi, Encrypt("key", b"x", aad=b"an aad"))
+    assert not server.asked("transit/encrypt")
+
+
+@pytest.mark.parametrize("version", ["1.13.0", "1.19.0-rc1+ent.hsm", "v2.3.1"])
+async def test_newer_ones_are_known_by_their_version(
+    site: TransitSite, server: TransitServer, start_kmi: StartKmi, version: str
+) -> None:
+    server.version = version
+    assert (await start_kmi(site.settings())).state is KmiState.CONNECTED
+
+
+@pytest.mark.parametrize("drops", [True, False])
+async def test_with_a_probe_key_evidence_decides_whatever_the_version(
+    site: TransitSite, server: TransitServer, start_kmi: StartKmi, drops: bool
+) -> None:
+    server.version, server.drops_associated_data = "9.9" if drops else None, drops
+    kmi = await start_kmi(site.settings(probe_key="key"))
+    assert kmi.state is (KmiState.DISCONNECTED if drops else KmiState.CONNECTED)
+    assert ("decrypts under any associated data" in kmi.error) == drops

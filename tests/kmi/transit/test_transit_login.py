@@ -8,14 +8,17 @@ from typing import Any
 
 import pytest
 from conftest import StartKmi
+from harness import make_certificate
 from pydantic import ValidationError
 from test_transit_lanes import encrypt, eventually
 from transit import ADMIN_TOKEN, TOKEN, TransitSite
 from transit_server import PROXY_POLICY, ServerToken, TransitServer
 
 from xkiproxy.config.secrets import write_secret_file
-from xkiproxy.crypto.operations import Encrypt, OperationError
+from xkiproxy.config.tls import load_certificate
+from xkiproxy.crypto.operations import Encrypt, Fault, OperationError
 from xkiproxy.kmi.base import KmiState
+from xkiproxy.kmi.transit.client import TransitClient
 
 SECRET_ID = "a-secret-id-of-the-tests-0123456789"
 JWT = "eyJhbGciOiJub25lIn0.a-service-account-of-the-tests.x"
@@ -91,6 +94,101 @@ async def test_a_token_that_is_revoked_is_replaced_by_a_login(
     for text in set(server.tokens) - {"root", TOKEN, ADMIN_TOKEN}:
         del server.tokens[text]
     await encrypt(kmi, Encrypt("key", b"x"))
+
+
+async def test_a_renewal_without_an_answer_stops_nothing(
+    site: TransitSite, server: TransitServer, start_kmi: StartKmi
+) -> None:
+    server.login_ttl, server.swallowed = 1.5, 1
+    kmi = await start_kmi(site.settings(**approle(site)))
+    for _ in range(30):
+        await encrypt(kmi, Encrypt("key", b"x"), 0.5)
+        await asyncio.sleep(0.1)
+    assert server.swallowed == 0
+    assert 2 <= len(server.asked("auth/approle/login")) <= 4
+    assert kmi.state is KmiState.CONNECTED
+
+
+@pytest.mark.parametrize("may_look_itself_up", [True, False])
+async def test_a_key_that_the_policy_forbids_costs_no_login_each_time(
+    site: TransitSite, server: TransitServer, start_kmi: StartKmi, may_look_itself_up: bool
+) -> None:
+    server.add_key("forbidden")
+    server.login_policy = {
+        "transit/encrypt/key": {"update"},
+        "transit/keys/*": {"read"},
+        "transit/random": {"update"},
+        "auth/token/revoke-self": {"update"},
+    }
+    server.login_with_default = may_look_itself_up
+    kmi = await start_kmi(site.settings(**approle(site)))
+    for _ in range(10):
+        with pytest.raises(OperationError) as caught:
+            await encrypt(kmi, Encrypt("forbidden", b"x"))
+        assert caught.value.fault is Fault.KEY_FORBIDDEN
+        await encrypt(kmi, Encrypt("key", b"x"))
+    assert len(server.asked("auth/approle/login")) == (1 if may_look_itself_up else 2)
+    await eventually(lambda: len(set(server.tokens) - {"root", TOKEN, ADMIN_TOKEN}) == 1)
+    assert kmi.state is KmiState.CONNECTED
+
+
+async def test_a_lookup_that_is_not_answered_refuses_no_token(
+    site: TransitSite, server: TransitServer, start_kmi: StartKmi
+) -> None:
+    server.add_key("forbidden")
+    server.login_policy = {"transit/keys/*": {"read"}, "transit/random": {"update"}}
+    kmi = await start_kmi(site.settings(**approle(site)))
+    server.lookups_limited = True
+    for _ in range(3):
+        with pytest.raises(OperationError) as caught:
+            await encrypt(kmi, Encrypt("forbidden", b"x"))
+        assert caught.value.fault is Fault.KEY_FORBIDDEN
+    assert len(server.asked("auth/approle/login")) == 1
+
+
+async def test_a_renewed_certificate_is_used_for_the_next_login(
+    site: TransitSite, server: TransitServer, start_kmi: StartKmi
+) -> None:
+    server.login_ttl, server.login_renewable = 1.0, False
+    kmi = await start_kmi(site.settings(**cert(site)))
+    assert set(server.serials) == {serial_of(site)}
+    make_certificate(
+        site.directory, "client", common_name="a-proxy", dns_names=(), issuer=site.issuer
+    )
+    for _ in range(15):
+        await encrypt(kmi, Encrypt("key", b"x"))
+        await asyncio.sleep(0.1)
+    assert server.serials[-1] == serial_of(site)
+    assert len(set(server.serials)) == 2
+    (site.directory / "client.key").write_text("damaged")
+    await asyncio.sleep(1.5)
+    with pytest.raises(OperationError):
+        await encrypt(kmi, Encrypt("key", b"x"), 1.0)
+    assert "client.key" in kmi.error
+
+
+def serial_of(site: TransitSite) -> int:
+    return load_certificate(site.directory / "client.crt").serial_number
+
+
+async def test_a_client_that_is_given_up_half_way_is_released(site: TransitSite) -> None:
+    client = TransitClient(site.settings(), site.server.address)
+    for others in (0, 1):
+        for _ in range(1 + others):
+            await client.acquire()
+        session = client._http._session
+        assert session is not None
+        async with client._coming_and_going:
+            leaving = asyncio.create_task(client.release(revoke=False))
+            await asyncio.sleep(0)
+            leaving.cancel()
+            await asyncio.sleep(0)
+        with pytest.raises(asyncio.CancelledError):
+            await leaving
+        if others:
+            assert not session.closed
+            await client.release(revoke=False)
+        assert session.closed
 
 
 async def test_a_token_that_an_agent_replaces_is_read_again(

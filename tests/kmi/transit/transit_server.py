@@ -146,12 +146,21 @@ class TransitServer:
         self.mount = "transit"
         self.namespace = ""
         self.sealed = self.standby = False
+        self.version: str | None = "1.17.2"
+        self.drops_associated_data = False
+        """As Vault before 1.13: the field is not known, and not missed."""
         self.tokens: dict[str, ServerToken] = {"root": ServerToken(ROOT_POLICY)}
         self.keys: dict[str, ServerKey] = {}
         self.roles: dict[str, str] = {}
         self.certificates: dict[str, str] = {}
+        self.serials: list[int] = []
+        """Of the certificates that logins showed."""
         self.service_accounts: dict[str, str] = {}
         self.login_ttl, self.login_max_ttl, self.login_renewable = 3600.0, 0.0, True
+        self.login_policy, self.login_with_default = PROXY_POLICY, True
+        self.swallowed = 0
+        """So many of the next renewals get no answer."""
+        self.lookups_limited = False
         self.failed_logins = 0
         self.max_request_size = 32 << 20
         self.max_strings = 1000
@@ -255,6 +264,9 @@ class TransitServer:
             return self._login(login[1], body, request)
         token = self._authorized(request, namespace, method, path)
         if path.startswith("auth/token/"):
+            if self.swallowed and path.endswith("renew-self"):
+                self.swallowed -= 1
+                await asyncio.sleep(10)
             return self._token_path(path.removeprefix("auth/token/"), method, token, request)
         if not path.startswith(f"{self.mount}/"):
             raise Refusal(404, f'no handler for route "{path}". route entry not found.')
@@ -280,7 +292,8 @@ class TransitServer:
         if namespace:
             raise Refusal(404, "unsupported path")
         status = 503 if self.sealed else 429 if self.standby else 200
-        return status, {"initialized": True, "sealed": self.sealed, "standby": self.standby}
+        found = {"initialized": True, "sealed": self.sealed, "standby": self.standby}
+        return status, found if self.version is None else {**found, "version": self.version}
 
     # ---- tokens ----------------------------------------------------------------------------
 
@@ -314,6 +327,8 @@ class TransitServer:
     ) -> tuple[int, Any]:
         text = request.headers["X-Vault-Token"]
         if path == "lookup-self" and method == "GET":
+            if self.lookups_limited:
+                raise Refusal(429, "request path: rate limit quota exceeded")
             end = "2099-01-01T00:00:00Z" if token.ttl else None
             left = int(token.left) if token.ttl else 0
             data = {"id": text, "ttl": left, "renewable": token.renewable, "expire_time": end}
@@ -340,8 +355,9 @@ class TransitServer:
         self.failed_logins = 0
         text = f"hvs.{uuid.uuid4().hex}{uuid.uuid4().hex}"
         token = self.tokens[text] = ServerToken(
-            PROXY_POLICY, self.login_ttl, self.login_renewable, self.login_max_ttl
-        )
+            self.login_policy, self.login_ttl, self.login_renewable, self.login_max_ttl,
+            self.login_with_default,
+        )  # fmt: skip
         return 200, _document(None, self._auth(text, token))
 
     def _login_approle(self, body: dict[str, Any], request: web.Request) -> None:
@@ -359,6 +375,7 @@ class TransitServer:
     def _login_cert(self, body: dict[str, Any], request: web.Request) -> None:
         assert request.transport is not None
         peer = request.transport.get_extra_info("peercert") or {}
+        self.serials.append(int(peer.get("serialNumber", "0"), 16))
         names = {value for rdn in peer.get("subject", ()) for _, value in rdn}
         wanted = self.certificates.get(body.get("name", ""))
         known = {wanted} if body.get("name") else set(self.certificates.values())
@@ -516,6 +533,8 @@ class TransitServer:
                     " perform operations with the key",
                 )
             data = _decoded(item.get("associated_data", ""))
+            if self.drops_associated_data:
+                data = b""
             made = self._encrypt if kind == "encrypt" else self._decrypt
             return made(key, item, data)
         except Refusal as refusal:

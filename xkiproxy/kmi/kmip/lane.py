@@ -39,6 +39,7 @@ from xkiproxy.crypto.operations import (
     invalid_ciphertext,
 )
 from xkiproxy.kmi.base import BreakReason, LaneError, Settle
+from xkiproxy.kmi.endpoints import Endpoints
 from xkiproxy.kmi.kmip import messages
 from xkiproxy.kmi.kmip.connection import Connection, connect
 from xkiproxy.kmi.kmip.keys import OF_SERVER, Key, KeyObject, find_key, find_keys
@@ -516,16 +517,26 @@ class KmipLauncher:
     def __init__(self, settings: KmipSettings) -> None:
         self._settings = settings
         self._keys: list[dict[str, _Known]] = [{} for _ in settings.address]
+        self._endpoints = Endpoints(len(settings.address))
 
     async def launch(self, index: int) -> KmipLane:
         """See `xkiproxy.kmi.base.Launcher`; with a probe key, it begins with its check."""
-        address = index % len(self._keys)
-        connection = await connect(self._settings, index)
-        lane = KmipLane(connection, self._settings, self._keys[address])
+        endpoint = self._endpoints.next(index)
+        try:
+            lane = await self._launch_at(endpoint)
+        except BaseException:
+            self._endpoints.failed(endpoint)
+            raise
+        self._endpoints.started(endpoint)
+        return lane
+
+    async def _launch_at(self, endpoint: int) -> KmipLane:
+        connection = await connect(self._settings, endpoint)
+        lane = KmipLane(connection, self._settings, self._keys[endpoint])
         if self._settings.probe_key is not None:
             try:
                 await lane.probe()
             except LaneError as error:
-                text = f"{self._settings.address[address]}: {error.message}"
+                text = f"{self._settings.address[endpoint]}: {error.message}"
                 raise LaneError(text, BreakReason.START) from None
         return lane

@@ -9,9 +9,10 @@ from collections import deque
 from collections.abc import Sequence
 from typing import cast
 
-from xkiproxy.config.models import Pkcs11Settings
+from xkiproxy.config.models import Pkcs11Settings, TokenSettings
 from xkiproxy.crypto.operations import Operation
 from xkiproxy.kmi.base import BreakReason, LaneError, Settle
+from xkiproxy.kmi.endpoints import Endpoints
 from xkiproxy.kmi.pkcs11 import wire
 from xkiproxy.kmi.pkcs11.process import Process, open_settings, spawn
 
@@ -171,17 +172,57 @@ class Pkcs11Lane(asyncio.Protocol):
         self._flights.clear()
 
 
+class _Place:
+    """A token, and what came of the PIN there."""
+
+    def __init__(self, token: TokenSettings) -> None:
+        self.token = token
+        self.turn = asyncio.Lock()
+        self.refused: LaneError | None = None
+
+
 class Pkcs11Launcher:
-    """Starts the lanes of a KMI, spread over its tokens."""
+    """Starts the lanes of a KMI, spread over its tokens.
+
+    At each token one after the other: a wrong PIN must be tried there once, not once for every
+    lane. What one token refuses another may take, and one that hangs holds up nobody elsewhere.
+    """
 
     def __init__(self, settings: Pkcs11Settings, pin: str) -> None:
         self._settings = settings
         self._pin = pin
+        self._places = [_Place(token) for token in settings.token]
+        self._endpoints = Endpoints(len(self._places))
 
     async def launch(self, index: int) -> Pkcs11Lane:
-        """See `xkiproxy.kmi.base.Launcher`."""
+        """See `xkiproxy.kmi.base.Launcher`; `LOGIN` is raised once every token has refused."""
+        endpoint = self._endpoints.next(index)
+        place = self._places[endpoint]
+        try:
+            async with place.turn:
+                lane = await self._log_in(index, place)
+        except BaseException as error:
+            self._endpoints.failed(endpoint)
+            if not isinstance(error, LaneError) or error.reason is not BreakReason.LOGIN:
+                raise
+            if any(other.refused is None for other in self._places):
+                raise LaneError(error.message, BreakReason.START) from None  # elsewhere, next
+            raise
+        self._endpoints.started(endpoint)
+        return lane
+
+    async def _log_in(self, index: int, place: _Place) -> Pkcs11Lane:
+        if place.refused is not None:
+            raise LaneError(place.refused.message, BreakReason.LOGIN)
+        try:
+            return await self._open(index, place.token)
+        except LaneError as error:
+            if error.reason is BreakReason.LOGIN:
+                place.refused = error
+            raise
+
+    async def _open(self, index: int, token: TokenSettings) -> Pkcs11Lane:
         settings = self._settings
-        token = settings.token[index % len(settings.token)]
         title = f"lane {index} of KMI {settings.name}"
         try:
             lane = Pkcs11Lane(spawn(), settings.operation_timeout_ms / 1000)
@@ -193,7 +234,10 @@ class Pkcs11Launcher:
         except BaseException as error:
             with contextlib.suppress(Exception):
                 await lane.close()
-            if isinstance(error, LaneError) and error.reason is not BreakReason.LOGIN:
-                raise LaneError(error.message, BreakReason.START) from None
+            if isinstance(error, LaneError):
+                name = token.label if token.label is not None else f"of serial {token.serial}"
+                refused = error.reason is BreakReason.LOGIN
+                reason = BreakReason.LOGIN if refused else BreakReason.START
+                raise LaneError(f"token {name}: {error.message}", reason) from None
             raise
         return lane

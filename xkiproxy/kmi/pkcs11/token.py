@@ -92,6 +92,7 @@ _DEVICE_CODES = frozenset(
         0x0E0,  # CKR_TOKEN_NOT_PRESENT
         0x0E1,  # CKR_TOKEN_NOT_RECOGNIZED
         0x090,  # CKR_OPERATION_ACTIVE
+        0x091,  # CKR_OPERATION_NOT_INITIALIZED
         0x101,  # CKR_USER_NOT_LOGGED_IN
         0x190,  # CKR_CRYPTOKI_NOT_INITIALIZED
     }
@@ -99,6 +100,18 @@ _DEVICE_CODES = frozenset(
 _AMBIGUOUS_CODES = frozenset({0x005, 0x006})  # CKR_GENERAL_ERROR, CKR_FUNCTION_FAILED
 _HANDLE_CODES = frozenset({0x060, 0x082})  # CKR_KEY_HANDLE_INVALID, CKR_OBJECT_HANDLE_INVALID
 _DATA_CODES = frozenset({0x020, 0x021})  # CKR_DATA_INVALID, CKR_DATA_LEN_RANGE
+_CIPHERTEXT_CODES = frozenset(
+    {
+        *_AMBIGUOUS_CODES,
+        *_DATA_CODES,
+        0x007,  # CKR_ARGUMENTS_BAD, of one that is too short
+        0x040,  # CKR_ENCRYPTED_DATA_INVALID
+        0x041,  # CKR_ENCRYPTED_DATA_LEN_RANGE
+        0x042,  # CKR_AEAD_DECRYPT_FAILED, of PKCS#11 v3.0
+        0x0C0,  # CKR_SIGNATURE_INVALID
+    }
+)
+"""What modules say of a ciphertext that does not open; of no other code is that believed."""
 _UNSUPPORTED_CODES = frozenset(
     {
         0x054,  # CKR_FUNCTION_NOT_SUPPORTED
@@ -207,18 +220,27 @@ class Token:
     def execute(self, fields: Sequence[Any]) -> tuple[Any, ...]:
         """The outcome of one operation, as `wire` has it; raises BrokenError."""
         try:
-            kind = fields[0]
+            return self._execute(fields)
+        except OperationError as error:
+            return wire.failure(error)
+        except exceptions.PKCS11Error as error:
+            # Not from C_Encrypt or C_Decrypt: a search or the generator failed.
+            raise BrokenError(_name(error)) from None
+
+    def _execute(self, fields: Sequence[Any]) -> tuple[Any, ...]:
+        kind = fields[0]
+        try:
             if kind == wire.ENCRYPT:
                 return self._with_key(self._encrypt, fields)
             if kind == wire.DECRYPT:
                 return self._with_key(self._decrypt, fields)
-            if kind == wire.RANDOM:
-                return (wire.RANDOM, self._random(fields[1]))
-            return self._describe(fields[1])
-        except OperationError as error:
-            return wire.failure(error)
-        except (exceptions.PKCS11Error, ModuleError) as error:
-            return wire.failure(self._judge(error, fields[0]))
+        except ModuleError as error:
+            if kind == wire.DECRYPT:
+                return self._decrypt_again(error, fields)
+            raise self._judge(error, kind) from None
+        if kind == wire.RANDOM:
+            return (wire.RANDOM, self._random(fields[1]))
+        return self._describe(fields[1])
 
     def _with_key(self, run: Any, fields: Sequence[Any]) -> tuple[Any, ...]:
         """Run with the key's handle; once more if the token does not know the handle any more."""
@@ -230,24 +252,36 @@ class Token:
             del self._keys[fields[1]]
             return run(self._key(fields[1]), *fields[2:])  # type: ignore[no-any-return]
 
-    def _judge(self, error: exceptions.PKCS11Error | ModuleError, kind: int) -> OperationError:
-        """What an error of the module means for the operation; raises BrokenError for the lane.
+    def _decrypt_again(self, first: ModuleError, fields: Sequence[Any]) -> tuple[Any, ...]:
+        """What comes of a decrypt that has failed; raises BrokenError for the lane.
 
         Some modules answer a wrong tag with CKR_GENERAL_ERROR or CKR_FUNCTION_FAILED, which also
-        say that a device is broken. Under a decrypt the probe key decides which it was.
+        say that a device is broken; and a device may fail for a moment. "The ciphertext is wrong"
+        is final for whoever asked: it is said only when the probe key works and the same comes out
+        twice.
         """
-        if isinstance(error, exceptions.PKCS11Error):
-            # Not from C_Encrypt or C_Decrypt: a search or the generator failed.
-            raise BrokenError(_name(error)) from None
-        code = error.code
-        if code in _DEVICE_CODES:
+        self._check_device(first)
+        self.probe()
+        try:
+            return self._with_key(self._decrypt, fields)
+        except ModuleError as second:
+            if second.code != first.code:
+                raise BrokenError(f"a decrypt failed with {first}, then with {second}") from None
+            raise self._judge(second, wire.DECRYPT) from None
+
+    def _check_device(self, error: ModuleError) -> None:
+        if error.code in _DEVICE_CODES:
             raise BrokenError(str(error)) from None
+
+    def _judge(self, error: ModuleError, kind: int) -> OperationError:
+        """What an error of the module means for the operation; raises BrokenError for the lane."""
+        code = error.code
+        self._check_device(error)
         if code in _UNSUPPORTED_CODES:
             return OperationError(Fault.UNSUPPORTED, "The token cannot do this with this key.")
         if code == _CKR_KEY_FUNCTION_NOT_PERMITTED:
             return OperationError(Fault.USAGE_FORBIDDEN, "The token does not let the key do this.")
-        if kind == wire.DECRYPT:
-            self.probe()
+        if kind == wire.DECRYPT and code in _CIPHERTEXT_CODES:
             return invalid_ciphertext()
         if code in _DATA_CODES:
             return OperationError(
@@ -295,15 +329,21 @@ class Token:
     ) -> tuple[bytes, bytes]:
         """(ciphertext and tag, IV)."""
         mechanism = self._gcm_mechanism(algorithm)
-        if iv is not None:
-            return self._cryptoki.encrypt(handle, mechanism, iv, plaintext, aad)
-        if not self._iv_by_hsm:
-            return self._cryptoki.encrypt(handle, mechanism, self._gcm_iv(), plaintext, aad)
-        ciphertext, made = self._cryptoki.encrypt(handle, mechanism, _NO_IV, plaintext, aad)
-        if made == _NO_IV:
-            # It took the zeros that it was given: the same IV every time would give away the key.
-            raise BrokenError('the module makes no IV of its own; set iv = "generator"')
-        return ciphertext[: len(plaintext) + TAG_SIZE], made
+        size = len(plaintext) + TAG_SIZE
+        if iv is None and self._iv_by_hsm:
+            ciphertext, made = self._cryptoki.encrypt(handle, mechanism, _NO_IV, plaintext, aad)
+            if made == _NO_IV:
+                # It took the zeros that it was given: the same IV every time would give away the
+                # key.
+                raise BrokenError('the module makes no IV of its own; set iv = "generator"')
+            ciphertext = ciphertext[:size]  # some append the IV
+        else:
+            given = self._gcm_iv() if iv is None else iv
+            ciphertext, made = self._cryptoki.encrypt(handle, mechanism, given, plaintext, aad)
+        if len(ciphertext) != size:
+            # With more or less in it than ciphertext and tag it would never decrypt.
+            raise BrokenError(f"a ciphertext of {len(ciphertext)} bytes for {len(plaintext)}")
+        return ciphertext, made
 
     def _decrypt(
         self,

@@ -29,6 +29,10 @@ _WORDS_SECONDS = 60.0
 SPECS = {"aes128-gcm96": KeySpec.AES_128, "aes256-gcm96": KeySpec.AES_256}
 """The types of keys that the proxy uses."""
 
+_VERSION = re.compile(r"v?(\d+)\.(\d+)[\w.+-]*", re.ASCII)
+_BINDS_SINCE = (1, 13)  # of Vault; OpenBao began with 2.0
+_NEEDED = "needed is Vault 1.13 or OpenBao: older ones do not authenticate associated data"
+
 _NAME = re.compile(r"\w([\w.-]*\w)?", re.ASCII)
 
 
@@ -95,8 +99,9 @@ class TransitClient:
     # ---- life ------------------------------------------------------------------------------
 
     async def acquire(self) -> None:
-        """Be ready for another user."""
+        """Be ready for another user; raises LaneError if the certificate cannot be read again."""
         async with self._coming_and_going:
+            self._http.renew_certificate()
             self._users += 1
             if self._users == 1:
                 self._http.open()
@@ -107,6 +112,15 @@ class TransitClient:
 
         `revoke`: the token, if a login made it, is given back: nobody comes again.
         """
+        leaving = asyncio.create_task(self._leave(revoke=revoke))
+        try:
+            await asyncio.shield(leaving)
+        except asyncio.CancelledError:
+            # Half released it would be open for good; nothing in there takes long.
+            await leaving
+            raise
+
+    async def _leave(self, *, revoke: bool) -> None:
         async with self._coming_and_going:
             self._users -= 1
             if self._users:
@@ -125,25 +139,55 @@ class TransitClient:
         """Show that the server serves, takes our token and has the engine; raises LaneError.
 
         With a `probe_key` it encrypts and decrypts, otherwise it draws random bytes: that needs the
-        token, the mount and a right that the proxy needs anyway.
+        token, the mount and a right that the proxy needs anyway. Either way it must be certain that
+        the engine authenticates associated data: older ones drop them without a word.
         """
-        await self._http.check_health()
-        if self.settings.probe_key is None:
-            answer = await self.call("POST", "random", {"bytes": _PROBE_SIZE})
-            # 429: it serves, and more than it likes.
-            if answer.status != 429:
-                drawn = isinstance(answer.data.get("random_bytes"), str)
-                self._demand(answer, "random", drawn)
+        health = await self._http.check_health()
+        if self.settings.probe_key is not None:
+            await self._prove(self.settings.probe_key)
             return
-        text, key = b64encode(os.urandom(_PROBE_SIZE)).decode(), self.settings.probe_key
+        self._check_version(health.fields.get("version"))
+        answer = await self.call("POST", "random", {"bytes": _PROBE_SIZE})
+        # 429: it serves, and more than it likes.
+        if answer.status != 429:
+            drawn = isinstance(answer.data.get("random_bytes"), str)
+            self._demand(answer, "random", drawn)
+
+    def _check_version(self, version: object) -> None:
+        numbers = _VERSION.match(version) if isinstance(version, str) else None
+        if numbers is None:
+            raise self._http.broken(
+                "sys/health does not say its version: set probe_key, by which the proxy sees"
+                " whether it authenticates associated data"
+            )
+        if (int(numbers[1]), int(numbers[2])) < _BINDS_SINCE:
+            raise self._http.broken(f"is version {numbers[0]}; {_NEEDED}")
+
+    async def _prove(self, key: str) -> None:
+        """Encrypt and decrypt as lanes do; with other associated data it must not decrypt."""
+        text, data, other = (b64encode(os.urandom(_PROBE_SIZE)).decode() for _ in range(3))
         path = f"keys/{key}"  # first: an encryption can make a key that is not there
         self._demand(await self.call("GET", path), path, True)
         path = f"encrypt/{key}"
-        made = await self.call("POST", path, {"plaintext": text})
-        self._demand(made, path, isinstance(made.data.get("ciphertext"), str))
+        (made,) = await self._batch(path, [{"plaintext": text, "associated_data": data}])
+        items = [
+            {"ciphertext": made.get("ciphertext"), "associated_data": given}
+            for given in (data, other)
+        ]
         path = f"decrypt/{key}"
-        opened = await self.call("POST", path, {"ciphertext": made.data["ciphertext"]})
-        self._demand(opened, path, opened.data.get("plaintext") == text)
+        opened, forged = await self._batch(path, items)
+        if opened.get("plaintext") != text:
+            words = self._login.clean(str(opened.get("error") or "it does not decrypt its own"))
+            raise self._http.broken(f"{self._mount}/{path}: {words}")
+        if not forged.get("error"):
+            raise self._http.broken(f"decrypts under any associated data; {_NEEDED}")
+
+    async def _batch(self, path: str, items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        answer = await self.call("POST", path, {"batch_input": items})
+        results = answer.data.get("batch_results")
+        if not isinstance(results, list) or len(results) != len(items):
+            raise self.problem(answer, path)
+        return [result if isinstance(result, dict) else {} for result in results]
 
     def _demand(self, answer: Answer, path: str, holds: bool) -> None:
         """Raises LaneError, which says what to do, if an answer of the check is not good."""
@@ -181,6 +225,8 @@ class TransitClient:
         if answer.status == 403 and await self._login.is_refused(text, answer):
             text = await self._login.token()
             answer = await self._http.send(method, path, body, token=text)
+            if answer.status == 403:
+                self._login.forbidden(text)
         return answer
 
     def refusal(self, answer: Answer, path: str) -> OperationError:
@@ -196,7 +242,9 @@ class TransitClient:
             return OperationError(Fault.KEY_NOT_FOUND, "There is no such key.")
         self._say(self.problem(answer, path).message)
         if answer.status == 403:
-            return OperationError(Fault.UNAVAILABLE, "The key manager does not permit it.")
+            # Of one key: others may well be permitted there.
+            fault = Fault.UNAVAILABLE if path == "random" else Fault.KEY_FORBIDDEN
+            return OperationError(fault, "The key manager does not permit it.")
         return OperationError(Fault.UNAVAILABLE, "The key manager cannot do it now.")
 
     def item_refusal(self, words: str, kind: str) -> OperationError:
@@ -224,7 +272,7 @@ class TransitClient:
         """A key as it was a few seconds ago at most, and not before `epoch`.
 
         Raises:
-            OperationError: `KEY_NOT_FOUND`, `KEY_UNUSABLE`, `UNAVAILABLE`.
+            OperationError: `KEY_NOT_FOUND`, `KEY_UNUSABLE`, `KEY_FORBIDDEN`, `UNAVAILABLE`.
             LaneError: the server cannot be asked.
         """
         known = self._keys.get(key_id)

@@ -18,7 +18,8 @@ from yarl import URL
 
 from xkiproxy import __version__
 from xkiproxy.config.models import TransitSettings
-from xkiproxy.config.tls import TlsError, client_context
+from xkiproxy.config.secrets import SecretError
+from xkiproxy.config.tls import TlsError, client_context, use_certificate
 from xkiproxy.kmi.base import BreakReason, KeyManagerError, LaneError
 
 _KEEP_ALIVE_SECONDS = 60.0
@@ -94,7 +95,7 @@ class Http:
         """Raises KeyManagerError or SecretError: files for TLS cannot be used."""
         self.address = address
         self._context = _context(settings)
-        self._ca = settings.tls.ca
+        self._tls = settings.tls
         self._server_name = settings.tls.server_name or None
         self._limit = settings.connections
         self._namespace = {"X-Vault-Namespace": settings.namespace} if settings.namespace else {}
@@ -102,12 +103,15 @@ class Http:
 
     def open(self) -> None:
         """Be ready for requests; in a running event loop."""
+        self._session = self._make_session()
+
+    def _make_session(self) -> aiohttp.ClientSession:
         connector = aiohttp.TCPConnector(
             ssl=self._context if self._context is not None else True,
             limit=self._limit,
             keepalive_timeout=_KEEP_ALIVE_SECONDS,
         )
-        self._session = aiohttp.ClientSession(
+        return aiohttp.ClientSession(
             connector=connector,
             # Whoever asks has a limit for all that it asks.
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=None),
@@ -115,6 +119,18 @@ class Http:
             headers={"X-Vault-Request": "true", "User-Agent": f"xkiproxy/{__version__}"},
             trust_env=False,
         )
+
+    def renew_certificate(self) -> None:
+        """Read the client certificate again, for connections from now on; raises LaneError."""
+        tls = self._tls
+        if self._context is None or tls.certificate is None or tls.private_key is None:
+            return
+        try:
+            # First where it harms nothing: certificate and key may just be being replaced.
+            for context in (ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), self._context):
+                use_certificate(context, tls.certificate, tls.private_key)
+        except (TlsError, SecretError) as error:
+            raise LaneError(str(error), BreakReason.START) from None
 
     async def close(self) -> None:
         """End every connection."""
@@ -133,7 +149,9 @@ class Http:
         headers = dict(self._namespace)
         if token is not None:
             headers["X-Vault-Token"] = token
-        answer = await self._send(method, path, body, headers)
+        return self._usable(await self._send(method, path, body, headers))
+
+    def _usable(self, answer: Answer) -> Answer:
         why = _STATUSES.get(answer.status)
         if why is None and answer.status > 500:
             why = f"answers with HTTP {answer.status}"
@@ -141,21 +159,35 @@ class Http:
             raise self.broken(why or _HEALTH[472])
         return answer
 
-    async def check_health(self) -> None:
-        """Ask whether the server serves; needs no token; raises LaneError."""
+    async def log_in(self, path: str, body: object) -> Answer:
+        """As `send`, on a connection of its own, which shows the certificate that is there now."""
+        self.renew_certificate()
+        async with self._make_session() as session:
+            answer = await self._send("POST", path, body, dict(self._namespace), session)
+        return self._usable(answer)
+
+    async def check_health(self) -> Answer:
+        """Ask whether the server serves, and what it is; needs no token; raises LaneError."""
         answer = await self._send("GET", "sys/health", None, {})
         if answer.status not in _HEALTHY:
             why = _HEALTH.get(answer.status, f"answers sys/health with HTTP {answer.status}")
             raise self.broken(why)
+        return answer
 
     def broken(self, why: str, reason: BreakReason = BreakReason.DEVICE) -> LaneError:
         """The error that says what is wrong with this server."""
         return LaneError(f"{self.address}: {why}", reason)
 
     async def _send(
-        self, method: str, path: str, body: object, headers: Mapping[str, str]
+        self,
+        method: str,
+        path: str,
+        body: object,
+        headers: Mapping[str, str],
+        session: aiohttp.ClientSession | None = None,
     ) -> Answer:
-        if self._session is None:
+        session = session or self._session
+        if session is None:
             raise LaneError("closed", BreakReason.EXIT)
         url = URL(f"{self.address}/v1/{path}", encoded=True)
         data = None if body is None else orjson.dumps(body)
@@ -163,7 +195,7 @@ class Http:
             headers = {**headers, "Content-Type": "application/json"}
         for attempt in range(1, _MAX_ATTEMPTS + 1):
             try:
-                async with self._session.request(
+                async with session.request(
                     method, url, data=data, headers=headers, allow_redirects=False,
                     server_hostname=self._server_name,
                 ) as response:  # fmt: skip
@@ -200,7 +232,7 @@ class Http:
         if isinstance(error, aiohttp.ClientConnectorCertificateError):
             cause = error.certificate_error
             why = getattr(cause, "verify_message", "") or str(cause)
-            trusted = f"tls.ca ({self._ca})" if self._ca else "the system's CAs"
+            trusted = f"tls.ca ({self._tls.ca})" if self._tls.ca else "the system's CAs"
             return self.broken(f"its certificate is not trusted by {trusted}: {why}", reason)
         if isinstance(error, aiohttp.ClientConnectorSSLError):
             return self.broken(f"no TLS connection: {_reason(error.os_error)}", reason)

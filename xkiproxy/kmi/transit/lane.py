@@ -32,6 +32,7 @@ from xkiproxy.crypto.operations import (
     invalid_ciphertext,
 )
 from xkiproxy.kmi.base import BreakReason, LaneError, Settle
+from xkiproxy.kmi.endpoints import Endpoints
 from xkiproxy.kmi.transit.client import TransitClient, TransitKey
 from xkiproxy.kmi.transit.http import Answer
 
@@ -74,11 +75,12 @@ class TransitLane:
 
     async def execute(self, batch: Sequence[Operation], epoch: int, settle: Settle) -> None:
         """See `Lane.execute`."""
-        await self._guard(self._run(batch, epoch, settle))
+        limit = asyncio.timeout(self._timeout)
+        await self._guard(self._run(batch, epoch, settle, limit), limit)
 
     async def probe(self) -> None:
         """See `Lane.probe`; `TransitClient.check` says what it shows."""
-        await self._guard(self._client.check())
+        await self._guard(self._client.check(), asyncio.timeout(self._timeout))
 
     async def wait_broken(self) -> LaneError:
         """See `Lane.wait_broken`."""
@@ -94,8 +96,8 @@ class TransitLane:
             self._released = True
             await self._client.release(revoke=was_well)
 
-    async def _guard(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        """Run it within the time of an operation; what breaks the lane is raised."""
+    async def _guard(self, coroutine: Coroutine[Any, Any, None], limit: asyncio.Timeout) -> None:
+        """Run it within a limit; what breaks the lane is raised."""
         if self._broken.done():
             coroutine.close()
             broken = self._broken.result()
@@ -103,7 +105,7 @@ class TransitLane:
         work = asyncio.ensure_future(coroutine)
         self._works.add(work)
         try:
-            async with asyncio.timeout(self._timeout):
+            async with limit:
                 await work
         except TimeoutError:
             message = f"{self._client.address}: no answer for {self._timeout:g} s"
@@ -126,13 +128,27 @@ class TransitLane:
 
     # ---- batches ---------------------------------------------------------------------------
 
-    async def _run(self, batch: Sequence[Operation], epoch: int, settle: Settle) -> None:
-        """All groups at once; those that can be settled are, also when another breaks the lane."""
+    async def _run(
+        self, batch: Sequence[Operation], epoch: int, settle: Settle, limit: asyncio.Timeout
+    ) -> None:
+        """All groups, as many at once as there are connections; each begins the time anew.
+
+        A batch of many keys is many requests: that they wait for each other says nothing of the
+        server. Those that can be settled are, also when another breaks the lane.
+        """
         groups = self._groups(batch)
         if len(groups) == 1:
             await groups[0].run(groups[0].items, epoch, settle)
             return
-        works = [group.run(group.items, epoch, settle) for group in groups]
+        turn = asyncio.Semaphore(self._client.settings.connections)
+
+        async def run(group: _Group) -> None:
+            async with turn:
+                await group.run(group.items, epoch, settle)
+            if not limit.expired():
+                limit.reschedule(asyncio.get_running_loop().time() + self._timeout)
+
+        works = [run(group) for group in groups]
         for failure in await asyncio.gather(*works, return_exceptions=True):
             if failure is not None:
                 raise failure
@@ -285,10 +301,20 @@ class TransitLauncher:
         """Raises KeyManagerError or SecretError: files for TLS cannot be used."""
         self._settings = settings
         self._clients = [TransitClient(settings, address) for address in settings.address]
+        self._endpoints = Endpoints(len(self._clients))
 
     async def launch(self, index: int) -> TransitLane:
         """See `xkiproxy.kmi.base.Launcher`; every lane begins with a check of the server."""
-        client = self._clients[index % len(self._clients)]
+        endpoint = self._endpoints.next(index)
+        try:
+            lane = await self._open(self._clients[endpoint])
+        except BaseException:
+            self._endpoints.failed(endpoint)
+            raise
+        self._endpoints.started(endpoint)
+        return lane
+
+    async def _open(self, client: TransitClient) -> TransitLane:
         seconds = self._settings.start_timeout_seconds
         await client.acquire()
         try:

@@ -31,6 +31,9 @@ _ENOUGH = 1 / 2
 _REFUSED_SECONDS = 300.0
 _REFUSED_TOKEN_SECONDS = 10.0
 _ALIVE_SECONDS = 10.0
+_FORBIDDEN_SECONDS = 60.0
+_RENEWAL_SECONDS = 5.0
+_NO_TOKEN_SECONDS = 0.1
 _FIRST_PAUSE_SECONDS = 1.0
 _LAST_PAUSE_SECONDS = 30.0
 _REVOKE_SECONDS = 2.0
@@ -75,6 +78,7 @@ class Login:
         self._refused: tuple[object, float, LaneError] | None = None
         self._secrets: frozenset[str] = frozenset()
         self._alive_until = 0.0
+        self._revocations: set[asyncio.Task[None]] = set()
 
     async def token(self) -> str:
         """A token that can be used; raises LaneError."""
@@ -90,7 +94,8 @@ class Login:
         """Whether an answer with status 403 was for the token, so that another is worth a try.
 
         A 403 also says that a policy does not allow the path. Newer servers tell them apart;
-        otherwise the token is asked to look itself up.
+        otherwise the token is asked to look itself up. One that may not do that is replaced, and
+        `forbidden` hears of it if that was no use.
         """
         async with self._lock:
             token = self._token
@@ -100,48 +105,80 @@ class Login:
                 if time.monotonic() < self._alive_until:
                     return False
                 looked_up = await self._http.send("GET", _LOOKUP, token=text)
-                if looked_up.status == 200:
+                if looked_up.status != 403:  # a server that is busy has not refused it
                     self._alive_until = time.monotonic() + _ALIVE_SECONDS
                     return False
+                self._give_back(token)
             _log.warning("%s refuses our token: logging in again", self._http.address)
             self._token = None
             return True
+
+    def forbidden(self, text: str) -> None:
+        """A token that has just been got was refused too: it is a policy that does not allow it."""
+        if self._token is not None and self._token.text == text:
+            self._alive_until = time.monotonic() + _FORBIDDEN_SECONDS
 
     async def keep(self) -> None:
         """Renew the token whenever it is time, until cancelled."""
         pause = _FIRST_PAUSE_SECONDS
         while True:
             token = self._token
-            wait = _FIRST_PAUSE_SECONDS
+            wait = _NO_TOKEN_SECONDS  # its time may be short: it is to be seen soon after the login
             if token is not None:
                 wait = max(0.0, min(token.renew_at - time.monotonic(), _LAST_PAUSE_SECONDS))
-            if wait > 0.0:
+            if token is None or wait > 0.0:
                 await asyncio.sleep(wait)
                 continue
             try:
-                async with self._lock:
-                    if token is self._token and token is not None:
-                        self._token = await self._renewed(token)
+                async with asyncio.timeout(_RENEWAL_SECONDS):
+                    await self._replace(token)
                 pause = _FIRST_PAUSE_SECONDS
-            except LaneError as error:
+            except (LaneError, TimeoutError) as error:
                 # It can be used until its time is over; after that a login says what is wrong.
-                _log.warning("KMI %s: no new token: %s", self._settings.name, error.message)
+                why = error.message if isinstance(error, LaneError) else "no answer"
+                _log.warning("KMI %s: no new token: %s", self._settings.name, why)
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, _LAST_PAUSE_SECONDS)
+
+    async def _replace(self, token: Token) -> None:
+        """Renew a token, or log in.
+
+        Without the lock as long as the renewal takes: if it takes too long others must log in.
+        """
+        renewed = await self._renewed(token)
+        async with self._lock:
+            if self._token is not token:  # others could not wait, and have logged in
+                self._give_back(token)
+                return
+            self._token = renewed or await self._obtain()
+            if renewed is None:
+                self._give_back(token)
 
     async def revoke(self) -> None:
         """Give back a token that a login made; what goes wrong then does not matter."""
         token, self._token = self._token, None
-        if token is not None and token.ours:
-            with suppress(LaneError, TimeoutError):
-                async with asyncio.timeout(_REVOKE_SECONDS):
-                    await self._http.send("POST", "auth/token/revoke-self", token=token.text)
+        if token is not None:
+            self._give_back(token)
+        await asyncio.gather(*self._revocations)
+
+    def _give_back(self, token: Token) -> None:
+        """Revoke a token that is not used any more, if a login made it, while others go on."""
+        if token.ours:
+            task = asyncio.create_task(self._revoke(token))
+            self._revocations.add(task)
+            task.add_done_callback(self._revocations.discard)
+
+    async def _revoke(self, token: Token) -> None:
+        with suppress(LaneError, TimeoutError):
+            async with asyncio.timeout(_REVOKE_SECONDS):
+                await self._http.send("POST", "auth/token/revoke-self", token=token.text)
 
     def words(self, answer: Answer) -> str:
         """An answer's errors on one line, without any secret of ours."""
         return self.clean(answer.errors) or f"HTTP {answer.status}"
 
-    async def _renewed(self, token: Token) -> Token:
+    async def _renewed(self, token: Token) -> Token | None:
+        """The token with new time; None if it needs another login."""
         if token.renewable:
             answer = await self._http.send("POST", "auth/token/renew-self", {}, token=token.text)
             if answer.status == 200:
@@ -152,7 +189,7 @@ class Login:
                     return renewed
             elif answer.status == 429:
                 raise self._http.broken("is asked too often: the token is not renewed yet")
-        return await self._obtain()
+        return None
 
     async def _obtain(self) -> Token:
         try:
@@ -212,7 +249,7 @@ class Login:
         return self._refusal(answer, f"the token of {self._settings.auth.token}")
 
     async def _log_in(self, path: str, body: Mapping[str, str]) -> Token | LaneError:
-        answer = await self._http.send("POST", path, body)
+        answer = await self._http.log_in(path, body)
         if answer.status == 200:
             text = answer.auth.get("client_token")
             made = _given(answer, text, ours=True) if isinstance(text, str) and text else None

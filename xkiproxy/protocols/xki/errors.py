@@ -12,6 +12,7 @@ _FAULTS = {
     Fault.KEY_DISABLED: (403, "KeyDisabledForbidden"),
     Fault.KEY_PENDING_DELETION: (400, "KeyPendingDeletionForbidden"),
     Fault.KEY_UNUSABLE: (400, "InvalidKeyState"),
+    Fault.KEY_FORBIDDEN: (503, "ServiceUnavailable"),  # the operator's to mend, not the caller's
     Fault.USAGE_FORBIDDEN: (403, "KeyUsageForbidden"),
     Fault.ACCESS_DENIED: (403, "AccessForbidden"),
     Fault.THROTTLED: (429, "TooManyRequests"),

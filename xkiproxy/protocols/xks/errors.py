@@ -13,6 +13,7 @@ _FAULTS = {
     Fault.KEY_DISABLED: (400, "InvalidStateException"),
     Fault.KEY_PENDING_DELETION: (400, "InvalidStateException"),
     Fault.KEY_UNUSABLE: (400, "InvalidStateException"),
+    Fault.KEY_FORBIDDEN: (503, "DependencyTimeoutException"),  # the operator's to mend
     Fault.USAGE_FORBIDDEN: (400, "InvalidKeyUsageException"),
     Fault.ACCESS_DENIED: (403, "AccessDeniedException"),
     Fault.THROTTLED: (429, "ThrottlingException"),
