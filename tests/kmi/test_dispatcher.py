@@ -481,6 +481,15 @@ async def test_an_error_can_be_sent_on_whatever_file_it_names(start: Start) -> N
     await until(lambda: kmi.error == "caf\\udce9.so: cannot be loaded")
 
 
+async def test_an_orderly_end_is_no_warning(start: Start, caplog: pytest.LogCaptureFixture) -> None:
+    kmi = await start(FakeLane(), FakeLane())
+    caplog.set_level(logging.INFO)
+    caplog.clear()
+    await kmi.close()
+    assert kmi.state is KmiState.DISCONNECTED
+    assert not caplog.records
+
+
 async def test_that_lanes_start_one_after_the_other_is_no_warning(
     start: Start, caplog: pytest.LogCaptureFixture
 ) -> None:

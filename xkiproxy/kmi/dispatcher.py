@@ -315,6 +315,7 @@ class QueuedKmi:
         self._loads: dict[Lane, _Load] = {}
         self._batches: set[asyncio.Task[None]] = set()
         self._breaker_open = False
+        self._closing = False
         self._untried = set(range(lanes))
         self._first_failures: list[str] = []
         self._any_tried = asyncio.Event()
@@ -399,6 +400,7 @@ class QueuedKmi:
 
     async def close(self) -> None:
         """Stop the supervisors and close the lanes; what still waits is refused."""
+        self._closing = True
         for supervisor in self._supervisors:
             supervisor.cancel()
         await asyncio.gather(*self._supervisors, return_exceptions=True)
@@ -616,7 +618,7 @@ class QueuedKmi:
             self.error = ""
         else:
             state = KmiState.DEGRADED if up else KmiState.DISCONNECTED
-        if state is not self.state:
+        if state is not self.state and not self._closing:
             _log_state(self.name, state, self.error)
         self.state = state
         self._metrics.set_state(state)
