@@ -13,6 +13,7 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
+from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 
 from xkiproxy import __version__
@@ -139,13 +140,14 @@ class Runtime:
     def _open_changeable(self, config: Config, opening: _Opening) -> Change:
         """What a reload may exchange; raises ConfigError, also with what was found before."""
         context = opening.open("server.tls", lambda: _tls_context(config))
-        certificate = opening.open("server.tls", lambda: _fingerprint(config))
+        certificate = opening.open("server.tls", lambda: _certificate(config))
         tenants = [
             opening.open(f"keystore[{i}]", partial(self._open_tenant, settings))
             for i, settings in enumerate(config.keystore)
         ]
         opening.finish()
-        return Change(config, tenants, context, certificate, [])
+        fingerprint, expiry = _fingerprint(certificate), _expiry(certificate)
+        return Change(config, tenants, context, fingerprint, expiry, [])
 
     def prepare(self) -> Change:
         """Read the configuration anew and open what it may change; raises ConfigError."""
@@ -157,7 +159,7 @@ class Runtime:
         return change
 
     def apply(self, change: Change) -> None:
-        """Take over what `prepare` has opened."""
+        """Take over what `prepare` has opened; nothing is read here, so that nothing can fail."""
         self.config = change.config
         self.tenants = change.tenants
         self.context = change.context
@@ -167,10 +169,8 @@ class Runtime:
             if tenant.store.signing_keys.oldest is not None:
                 created = self.metrics.credential_created.labels(tenant.store.name)
                 created.set(tenant.store.signing_keys.oldest)
-        tls = change.config.server.tls
-        if tls is not None:
-            expiry = load_certificate(tls.certificate).not_valid_after_utc
-            self.metrics.certificate_expiry.labels("public").set(expiry.timestamp())
+        if change.expiry is not None:
+            self.metrics.certificate_expiry.labels("public").set(change.expiry)
 
     def _open_tenant(self, settings: KeystoreSettings) -> Tenant:
         credentials = load_credentials(settings.credentials)
@@ -429,11 +429,17 @@ def _tls_context(config: Config) -> ssl.SSLContext | None:
     return None if tls is None else server_context(tls)
 
 
-def _fingerprint(config: Config) -> str:
+def _certificate(config: Config) -> x509.Certificate | None:
     tls = config.server.tls
-    if tls is None:
-        return ""
-    return f"sha256-{load_certificate(tls.certificate).fingerprint(hashes.SHA256()).hex()}"
+    return None if tls is None else load_certificate(tls.certificate)
+
+
+def _fingerprint(certificate: x509.Certificate | None) -> str:
+    return "" if certificate is None else f"sha256-{certificate.fingerprint(hashes.SHA256()).hex()}"
+
+
+def _expiry(certificate: x509.Certificate | None) -> float | None:
+    return None if certificate is None else certificate.not_valid_after_utc.timestamp()
 
 
 def _audit_options(settings: AuditSettings) -> AuditOptions:

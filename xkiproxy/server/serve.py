@@ -18,13 +18,13 @@ from datetime import UTC, datetime
 import uvloop
 
 from xkiproxy import __version__
-from xkiproxy.config import Config, ConfigError, Problem
+from xkiproxy.config import Config, ConfigError
 from xkiproxy.observability.audit import AuditError, Sink, encode
 from xkiproxy.server.admin import OneProcess, admin_listener
 from xkiproxy.server.gateway import Gateway
 from xkiproxy.server.listener import Listener
 from xkiproxy.server.notify import notify_ready, notify_reload, notify_stopping
-from xkiproxy.server.reload import Change, texts
+from xkiproxy.server.reload import Change, refusing, texts
 from xkiproxy.server.runtime import Runtime, Tables
 from xkiproxy.server.sinks import open_audit
 from xkiproxy.server.supervisor import supervise
@@ -102,25 +102,19 @@ class PublicSide:
             succeeded = True
         except ConfigError as error:
             self.note(texts(error), [])
-        except OSError as error:
-            self.note([f"server.listen: {error.strerror}"], [])
         self._runtime.metrics.count_reload(succeeded=succeeded)
 
     async def prepare(self) -> Change:
         """Open and check what has changed; raises ConfigError."""
-        try:
+        with refusing("", self._runtime.config.path):
             # In a thread: certificates and credentials are read from disks that may be slow.
             return await asyncio.to_thread(self._runtime.prepare)
-        except ConfigError:
-            raise
-        except Exception:
-            _log.exception("the reload failed")
-            path = self._runtime.config.path
-            raise ConfigError(path, [Problem("", "an internal error: see the log")]) from None
 
     async def apply(self, change: Change) -> None:
-        """Exchange; raises OSError, and then nothing is exchanged."""
-        await self.listener.use(change.context)
+        """Exchange; raises ConfigError, and then nothing is exchanged."""
+        with refusing("server.listen", change.config.path):
+            # What can fail comes first, as for want of descriptors; the rest is assignments.
+            await self.listener.use(change.context)
         self._runtime.apply(change)
         self._gateway.serve(change.tenants)
         self.note([], change.described)

@@ -122,8 +122,8 @@ class _Obedience:
             return ["nothing was prepared"]
         try:
             await self._public.apply(change)
-        except OSError as error:
-            return [f"server.listen: {error.strerror}"]
+        except ConfigError as error:
+            return texts(error)
         return []
 
 
