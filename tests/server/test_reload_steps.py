@@ -11,6 +11,7 @@ import pytest
 from test_end_to_end import Installation
 
 from xkiproxy.config import load_config
+from xkiproxy.server.contents import read_anew
 from xkiproxy.server.serve import PublicSide, public_side, running_parts
 
 NOBODY = "credential = []\n"
@@ -50,7 +51,7 @@ async def test_files_that_go_after_they_were_read(
 ) -> None:
     """What has been prepared needs no file any more: a renewal may be writing them just then."""
     credentials.write_text(NOBODY)
-    change = await public.prepare()
+    change = await public.prepare(lambda: read_anew(site.config))
     for file in (site.config, credentials, *(site.directory / "tls").iterdir()):
         file.unlink()
     await public.apply(change)

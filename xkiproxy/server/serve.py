@@ -21,6 +21,7 @@ from xkiproxy import __version__
 from xkiproxy.config import Config, ConfigError
 from xkiproxy.observability.audit import AuditError, Sink, encode
 from xkiproxy.server.admin import OneProcess, admin_listener
+from xkiproxy.server.contents import Contents, read_anew
 from xkiproxy.server.gateway import Gateway
 from xkiproxy.server.listener import Listener
 from xkiproxy.server.notify import notify_ready, notify_reload, notify_stopping
@@ -56,7 +57,7 @@ async def _serve(config: Config) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     if config.server.workers > 1:
-        await supervise(config, stop)
+        await supervise(config.path, stop)
     else:
         await _serve_alone(config, stop)
 
@@ -98,17 +99,18 @@ class PublicSide:
     async def _reload(self) -> None:
         succeeded = False
         try:
-            await self.apply(await self.prepare())
+            path = self._runtime.config.path
+            await self.apply(await self.prepare(lambda: read_anew(path)))
             succeeded = True
         except ConfigError as error:
             self.note(texts(error), [])
         self._runtime.metrics.count_reload(succeeded=succeeded)
 
-    async def prepare(self) -> Change:
+    async def prepare(self, read: Callable[[], tuple[Config, Contents]]) -> Change:
         """Open and check what has changed; raises ConfigError."""
         with refusing("", self._runtime.config.path):
             # In a thread: certificates and credentials are read from disks that may be slow.
-            return await asyncio.to_thread(self._runtime.prepare)
+            return await asyncio.to_thread(lambda: self._runtime.prepare(*read()))
 
     async def apply(self, change: Change) -> None:
         """Exchange; raises ConfigError, and then nothing is exchanged."""
@@ -133,10 +135,10 @@ class PublicSide:
 async def running_parts(
     config: Config,
     tables: Tables | None = None,
-    load: Callable[[], Config] | None = None,
+    contents: Contents | None = None,
 ) -> AsyncIterator[tuple[Runtime, Sink]]:
     """The parts that serve requests, started; raises ConfigError or AuditError. See `Runtime`."""
-    runtime = Runtime(config, tables, load)
+    runtime = Runtime(config, tables, contents)
     try:
         audit = await open_audit(config.audit, runtime.audit_options)
         try:
