@@ -21,6 +21,7 @@ from test_workers import Workers
 from xkiproxy.config import load_config
 from xkiproxy.server import supervisor as module
 from xkiproxy.server.contents import Handout, read_handout
+from xkiproxy.server.signals import Signals
 from xkiproxy.server.supervisor import Supervisor
 
 NOBODY = "credential = []\n"
@@ -85,14 +86,14 @@ def test_a_worker_is_replaced_by_one_that_has_what_was_accepted(
 @asynccontextmanager
 async def supervised(site: Workers) -> AsyncIterator[Supervisor]:
     """A supervisor in this process, with its workers."""
-    stop = asyncio.Event()
+    signals = Signals()
     made = Supervisor(read_handout(site.config))
-    running = asyncio.create_task(made.run(stop))
+    running = asyncio.create_task(made.run(signals))
     await until(made)
     try:
         yield made
     finally:
-        stop.set()
+        signals.stop.set()
         await running
 
 

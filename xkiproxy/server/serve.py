@@ -10,7 +10,6 @@ import asyncio
 import gc
 import logging
 import resource
-import signal
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
@@ -27,6 +26,7 @@ from xkiproxy.server.listener import Listener
 from xkiproxy.server.notify import notify_ready, notify_reload, notify_stopping
 from xkiproxy.server.reload import Change, refusing, texts
 from xkiproxy.server.runtime import Runtime, Tables
+from xkiproxy.server.signals import Signals
 from xkiproxy.server.sinks import open_audit
 from xkiproxy.server.supervisor import supervise
 
@@ -48,36 +48,34 @@ def run(config: Config) -> None:
         OSError: a listener cannot be opened.
         WorkerError: a worker process could not be started; it has said why.
     """
-    uvloop.run(_serve(config))
+    with suppress(asyncio.CancelledError):  # stopped before it served
+        uvloop.run(_serve(config))
 
 
 async def _serve(config: Config) -> None:
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+    signals = Signals()
     if config.server.workers > 1:
-        await supervise(config.path, stop)
+        await supervise(config.path, signals)
     else:
-        await _serve_alone(config, stop)
+        await _serve_alone(config, signals)
 
 
-async def _serve_alone(config: Config, stop: asyncio.Event) -> None:
+async def _serve_alone(config: Config, signals: Signals) -> None:
     async with (
         running_parts(config) as (runtime, audit),
         admin_listener(config.server.admin_listen, OneProcess(runtime)),
         public_side(runtime, audit) as public,
+        signals.reloading(public.reload),
     ):
-        loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGHUP, lambda: loop.create_task(public.reload()))
+        signals.serving()
         scheme = "https" if config.server.tls else "http"
         _log.info("xkiproxy %s serves %s://%s:%d", __version__, scheme, *public.listener.address)
         notify_ready()
-        await stop.wait()
+        await signals.stop.wait()
         runtime.stopping = True
         settings = config.server
         grace = settings.shutdown_timeout_seconds + _CLOSE_SECONDS
-        await notify_stopping(stop, settings.shutdown_delay_seconds, grace)
+        await notify_stopping(signals.stop, settings.shutdown_delay_seconds, grace)
 
 
 class PublicSide:
@@ -88,13 +86,11 @@ class PublicSide:
         self._runtime = runtime
         self._audit = audit
         self._gateway = gateway
-        self._reloading = asyncio.Lock()
 
     async def reload(self) -> None:
         """Take over the configuration as it is now, whole or not at all; tells what came of it."""
-        async with self._reloading:
-            with notify_reload():
-                await self._reload()
+        with notify_reload():
+            await self._reload()
 
     async def _reload(self) -> None:
         succeeded = False

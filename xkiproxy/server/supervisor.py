@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -40,6 +39,7 @@ from xkiproxy.server.listener import bind
 from xkiproxy.server.notify import notify_ready, notify_reload, notify_stopping
 from xkiproxy.server.reload import History, refusing, texts
 from xkiproxy.server.runtime import STOPPING, Tables
+from xkiproxy.server.signals import Signals, hangups_held
 
 _log = logging.getLogger(__name__)
 
@@ -103,8 +103,8 @@ class _Worker:
         return f"worker {self.index + 1}"
 
 
-async def supervise(path: Path, stop: asyncio.Event) -> None:
-    """Run the workers until `stop` is set.
+async def supervise(path: Path, signals: Signals) -> None:
+    """Run the workers until a signal says stop.
 
     Raises:
         ConfigError: the configuration cannot be used.
@@ -113,7 +113,7 @@ async def supervise(path: Path, stop: asyncio.Event) -> None:
     """
     supervisor = Supervisor(read_handout(path))
     async with admin_listener(supervisor.config.server.admin_listen, supervisor):
-        await supervisor.run(stop)
+        await supervisor.run(signals)
 
 
 class Supervisor:
@@ -131,12 +131,11 @@ class Supervisor:
         self._address = ""
         self._tables = Tables(-1, -1)
         self._history = History()
-        self._reloading = asyncio.Lock()
         self._joining = asyncio.Lock()
         """Held while what is accepted changes, and while one begins to serve what is accepted."""
         self._stopping = False
 
-    async def run(self, stop: asyncio.Event) -> None:
+    async def run(self, signals: Signals) -> None:
         """See `supervise`."""
         # Bound, not listening: it keeps the port for the workers, whichever they are.
         place = bind(self.config.server.listen, shares_port=True)
@@ -151,15 +150,15 @@ class Supervisor:
             count = len(self._workers)
             _log.info("xkiproxy %s serves %s://%s:%d with %d workers",
                       __version__, scheme, host, port, count)  # fmt: skip
-            loop = asyncio.get_running_loop()
-            loop.add_signal_handler(signal.SIGHUP, lambda: loop.create_task(self.reload()))
             keepers = [asyncio.create_task(self._keep(worker)) for worker in self._workers]
-            notify_ready()
-            await stop.wait()
-            self._stopping = True
-            settings = self.config.server
-            grace = settings.shutdown_timeout_seconds + 2 * _KILL_SECONDS
-            await notify_stopping(stop, settings.shutdown_delay_seconds, grace)
+            async with signals.reloading(self.reload):
+                signals.serving()
+                notify_ready()
+                await signals.stop.wait()
+                self._stopping = True
+                settings = self.config.server
+                grace = settings.shutdown_timeout_seconds + 2 * _KILL_SECONDS
+                await notify_stopping(signals.stop, settings.shutdown_delay_seconds, grace)
         finally:
             for keeper in keepers:
                 keeper.cancel()
@@ -205,12 +204,13 @@ class Supervisor:
     def _spawn(self, index: int, channel: int) -> subprocess.Popen[bytes]:
         descriptors = (channel, *self._tables)
         arguments = (str(index), self._address, *map(str, descriptors))
-        return subprocess.Popen(  # noqa: S603 - our own program, no text of others
-            [sys.executable, "-m", "xkiproxy.server.worker", *arguments],
-            pass_fds=descriptors,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,  # a Ctrl-C is for the supervisor, which then stops them
-        )
+        with hangups_held():
+            return subprocess.Popen(  # noqa: S603 - our own program, no text of others
+                [sys.executable, "-m", "xkiproxy.server.worker", *arguments],
+                pass_fds=descriptors,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,  # a Ctrl-C is for the supervisor, which then stops them
+            )
 
     async def _keep(self, worker: _Worker) -> None:
         """Watch over a worker, and replace it when it has ended or hangs."""
@@ -256,9 +256,8 @@ class Supervisor:
 
     async def reload(self) -> None:
         """Let all workers take over a changed configuration, or none of them."""
-        async with self._reloading:
-            with notify_reload():
-                await self._reload()
+        with notify_reload():
+            await self._reload()
 
     async def _reload(self) -> None:
         problems: list[str] = []

@@ -19,10 +19,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import signal
 import socket
 import sys
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -40,6 +40,7 @@ from xkiproxy.server.contents import Contents, Handout
 from xkiproxy.server.reload import Change, texts
 from xkiproxy.server.runtime import Runtime, Tables
 from xkiproxy.server.serve import PublicSide, public_side, running_parts
+from xkiproxy.server.signals import Signals
 
 _log = logging.getLogger(__name__)
 
@@ -65,17 +66,15 @@ def main() -> None:
         return own.model_copy(update={"server": server}), handout.contents
 
     try:
-        uvloop.run(_serve(read, int(index), int(channel), Tables(*map(int, tables))))
+        with suppress(asyncio.CancelledError):  # stopped before it served
+            uvloop.run(_serve(read, int(index), int(channel), Tables(*map(int, tables))))
     except (AuditError, ConfigError, OSError) as error:
         _log.error("worker %d cannot start: %s", int(index) + 1, error)
         sys.exit(FAILED)
 
 
 async def _serve(read: Read, index: int, channel: int, tables: Tables) -> None:
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGTERM, stop.set)
-    loop.add_signal_handler(signal.SIGHUP, lambda: None)  # the supervisor says when to reload
+    signals = Signals()  # SIGHUP changes nothing: the supervisor says when to reload
     reader, writer = await asyncio.open_connection(
         sock=socket.socket(fileno=channel), limit=_LINE_LIMIT
     )
@@ -91,9 +90,10 @@ async def _serve(read: Read, index: int, channel: int, tables: Tables) -> None:
         if await reader.readline() != b"serve\n":
             return  # another configuration was accepted meanwhile
         async with public_side(runtime, audit, shares_port=True, purges=index == 0) as public:
+            signals.serving()
             obedience = _Obedience(runtime, public, read)
-            obeying = asyncio.create_task(obedience.run(reader, writer, stop))
-            await stop.wait()
+            obeying = asyncio.create_task(obedience.run(reader, writer, signals.stop))
+            await signals.stop.wait()
             obeying.cancel()
 
 
