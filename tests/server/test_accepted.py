@@ -154,7 +154,7 @@ async def test_a_worker_that_misses_a_reload(
     site: Workers, credentials: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The reload is refused, and what replaces the worker has what the others have."""
-    monkeypatch.setattr(module._Channel.say, "__defaults__", (3.0,))
+    monkeypatch.setattr(module._Channel.say, "__defaults__", (5.0,))
     async with supervised(site) as supervisor:
         process = supervisor._workers[1].process
         assert process is not None
