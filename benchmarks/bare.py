@@ -20,6 +20,7 @@ from multidict import CIMultiDict
 
 from benchmarks.load.requests import Workload
 from xkiproxy.config.models import TlsSettings
+from xkiproxy.config.tls import read_tls
 from xkiproxy.crypto.algorithms import Algorithm
 from xkiproxy.crypto.operations import Decrypt, Decrypted, Encrypt, Encrypted
 from xkiproxy.protocols.base import Protocol
@@ -74,7 +75,7 @@ def _headers(protocol: Protocol) -> CIMultiDict[str]:
 async def _serve(size: int, tls: TlsSettings | None) -> None:
     loop = asyncio.get_running_loop()
     http = Server(_handler(size), access_log=None, auto_decompress=False)
-    context = server_context(tls) if tls is not None else None
+    context = server_context(tls, read_tls(tls)) if tls is not None else None
     server = await loop.create_server(http, "127.0.0.1", 0, ssl=context, backlog=_BACKLOG)
     print(server.sockets[0].getsockname()[1], flush=True)
     stopped = asyncio.Event()

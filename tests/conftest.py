@@ -18,6 +18,7 @@ from harness import AWS_ID, AWS_SECRET, FaultyLane, Proxy, fill_catalog, make_ce
 
 from xkiproxy.config.models import ServerSettings, TlsSettings
 from xkiproxy.config.secrets import SecretSource
+from xkiproxy.config.tls import read_tls
 from xkiproxy.keystores.credentials import Credential
 from xkiproxy.keystores.keystore import KeyStore
 from xkiproxy.keystores.replay import ReplayWindow
@@ -94,7 +95,8 @@ async def proxy(tmp_path: Path, server_settings: ServerSettings) -> AsyncIterato
         Strangers(50),
     )
     assert server_settings.tls is not None
-    listener = Listener(gateway, server_settings, server_context(server_settings.tls))
+    context = server_context(server_settings.tls, read_tls(server_settings.tls))
+    listener = Listener(gateway, server_settings, context)
     await listener.open()
     trusted = ssl.create_default_context(cafile=str(tmp_path / "server.crt"))
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=trusted)) as session:

@@ -14,7 +14,7 @@ from harness import Proxy, make_certificate
 
 from xkiproxy.config.models import ServerSettings, TlsSettings
 from xkiproxy.config.secrets import SecretSource
-from xkiproxy.config.tls import TlsError
+from xkiproxy.config.tls import TlsError, read_tls
 from xkiproxy.protocols.base import Trouble
 from xkiproxy.protocols.xki import XkiProtocol
 from xkiproxy.protocols.xks import XksProtocol
@@ -448,13 +448,16 @@ class TestBadTlsFiles:
         key = SecretSource(file=files.pop("private_key"))
         return TlsSettings(private_key=key, **files)
 
+    def open(self, settings: TlsSettings) -> None:
+        server_context(settings, read_tls(settings))
+
     def test_missing_certificate(self, tmp_path: Path) -> None:
         with pytest.raises(TlsError, match="no\\.crt: No such file"):
-            server_context(self.settings(tmp_path, certificate=tmp_path / "no.crt"))
+            self.open(self.settings(tmp_path, certificate=tmp_path / "no.crt"))
 
     def test_key_of_another_certificate(self, tmp_path: Path) -> None:
         with pytest.raises(TlsError, match="is not the key of"):
-            server_context(self.settings(tmp_path, private_key=tmp_path / "other.key"))
+            self.open(self.settings(tmp_path, private_key=tmp_path / "other.key"))
 
     def test_garbage(self, tmp_path: Path) -> None:
         garbage = tmp_path / "garbage"
@@ -462,13 +465,13 @@ class TestBadTlsFiles:
         garbage.chmod(0o600)
         for name in ("certificate", "private_key", "client_ca"):
             with pytest.raises(TlsError, match="garbage"):
-                server_context(self.settings(tmp_path, **{name: garbage}))
+                self.open(self.settings(tmp_path, **{name: garbage}))
 
     def test_key_that_others_can_read(self, tmp_path: Path) -> None:
         settings = self.settings(tmp_path)
         (tmp_path / "server.key").chmod(0o644)
         with pytest.raises(Exception, match="chmod 0600"):
-            server_context(settings)
+            self.open(settings)
 
 
 async def test_drain_finishes_what_has_begun(proxy: Proxy) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import errno
 import http.client
+import os
 import shutil
 import socket
 import ssl
@@ -11,11 +14,15 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_end_to_end import BASE, wait_for
 from test_proxy_protocol import V4, version_2
 from test_workers import Workers
+
+from xkiproxy.config.models import ProxyProtocolSettings
+from xkiproxy.server.proxied import ProxiedServer
 
 _HAPROXY = shutil.which("haproxy", path="/usr/sbin:/usr/bin:/usr/local/sbin:/usr/local/bin")
 _CLIENT = "127.0.0.2"
@@ -191,3 +198,75 @@ def test_nothing_is_left_of_connections_that_fail(tmp_path: Path) -> None:
             assert server.health_on(sock) == 200
     finally:
         server.stop()
+
+
+class _Greeting(asyncio.Protocol):
+    def connection_made(self, transport: Any) -> None:
+        transport.write(b"hello")
+
+
+@pytest.mark.parametrize("comes_first", [True, False])
+async def test_a_connection_that_comes_with_the_exchange_is_not_lost(comes_first: bool) -> None:
+    """One of the two servers greets it, whichever of both the loop meets first in a round."""
+    loop = asyncio.get_running_loop()
+    settings = ProxyProtocolSettings.model_validate({"trusted": ["127.0.0.1/32"]})
+    with socket.create_server(("127.0.0.1", 0)) as listening, contextlib.ExitStack() as stack:
+        listening.setblocking(False)
+        servers: list[ProxiedServer] = []
+
+        def exchange() -> None:
+            ours.recv(1)
+            sock = listening.dup()
+            sock.setblocking(False)
+            servers.append(ProxiedServer(
+                sock, settings, lambda _: _Greeting(), lambda _: None, 10, ssl=None
+            ))  # fmt: skip
+            for server in servers[:-1]:
+                server.close()
+
+        ours, theirs = (stack.enter_context(sock) for sock in socket.socketpair())
+        loop.add_reader(ours, exchange)
+        stack.callback(loop.remove_reader, ours)
+        theirs.send(b".")
+        await asyncio.sleep(0.1)
+        for _ in range(3):
+            # The loop waits meanwhile: both are there when it looks.
+            if not comes_first:
+                theirs.send(b".")
+            client = stack.enter_context(socket.create_connection(listening.getsockname()))
+            client.sendall(b"PROXY UNKNOWN\r\n")
+            if comes_first:
+                theirs.send(b".")
+            client.setblocking(False)
+            assert await asyncio.wait_for(loop.sock_recv(client, 5), 10) == b"hello"
+        assert len(servers) == 4
+        servers[-1].close()
+
+
+async def test_without_descriptors_it_accepts_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Listening(socket.socket):
+        fails = 2
+
+        def accept(self) -> tuple[socket.socket, Any]:
+            if self.fails:
+                self.fails -= 1
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            return super().accept()
+
+    monkeypatch.setattr("xkiproxy.server.proxied._NO_DESCRIPTOR_SECONDS", 0.05)
+    settings = ProxyProtocolSettings.model_validate({"trusted": ["127.0.0.1/32"]})
+    sock = Listening()
+    sock.setblocking(False)
+    sock.bind(("127.0.0.1", 0))
+    sock.listen()
+    server = ProxiedServer(sock, settings, lambda _: _Greeting(), lambda _: None, 10, ssl=None)
+    with socket.create_connection(sock.getsockname()) as client:
+        client.sendall(b"PROXY UNKNOWN\r\n")
+        client.setblocking(False)
+        loop = asyncio.get_running_loop()
+        assert await asyncio.wait_for(loop.sock_recv(client, 5), 10) == b"hello"
+    sock.fails = 1
+    with socket.create_connection(sock.getsockname()):
+        await asyncio.sleep(0.02)
+        server.close()  # while it pauses
+    await asyncio.sleep(0.1)

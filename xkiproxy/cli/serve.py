@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 from xkiproxy.cli.common import DEFAULT_CONFIG, CommandError, ConfigOption
 from xkiproxy.config import load_config
 from xkiproxy.observability.audit import AuditError
@@ -13,6 +15,8 @@ def serve(config: ConfigOption = DEFAULT_CONFIG) -> None:
 
     Example: xkiproxy serve --config /etc/xkiproxy/xkiproxy.toml
     """
+    # By itself it ends a process: it is kept until the server can reload (`server/signals.py`).
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     settings = load_config(config)
     configure_logging(settings.log.level, settings.log.format)
     # Only this command pays for it.

@@ -63,7 +63,12 @@ class ConfigError(Exception):
 
 def load_config(path: Path) -> Config:
     """Read and validate the file; raises ConfigError with every problem in it."""
-    document = _read(path)
+    return parse_config(path, read_document(path))
+
+
+def parse_config(path: Path, text: str) -> Config:
+    """Validate what `read_document` has read from a file; raises ConfigError like `load_config`."""
+    document = _parse(path, text)
     problems: list[Problem] = []
     context = {"directory": path.resolve().parent}
     for key in document.keys() - _TABLES.keys() - set(_ARRAYS):
@@ -97,9 +102,10 @@ def load_config(path: Path) -> Config:
     return Config.model_construct(path=path, **fields)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_document(path: Path) -> str:
+    """The text of the file; raises ConfigError."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return path.read_text(encoding="utf-8")
     except OSError as error:
         hint = (
             "; make one with: xkiproxy init, or name it with --config or XKIPROXY_CONFIG"
@@ -107,8 +113,19 @@ def _read(path: Path) -> dict[str, Any]:
             else ""
         )
         raise ConfigError(path, [Problem("", f"{error.strerror}{hint}")]) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(path, [Problem("", f"not valid TOML: {error}")]) from None
+    except UnicodeDecodeError as error:
+        raise _no_toml(path, error) from None
+
+
+def _parse(path: Path, text: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise _no_toml(path, error) from None
+
+
+def _no_toml(path: Path, error: ValueError) -> ConfigError:
+    return ConfigError(path, [Problem("", f"not valid TOML: {error}")])
 
 
 def _array(

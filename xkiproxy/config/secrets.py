@@ -13,6 +13,7 @@ import os
 import pwd
 import stat
 from base64 import b64decode
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ _MAX_SECRET_SIZE = 1 << 20
 _KEY_SIZE = 32
 _HEX_SIZE = 2 * _KEY_SIZE
 
+_handed: dict[str, str] = {}
+"""Secrets that another process has read for this one, by the text of their source."""
+
 _variables: set[str] = set()
 """Every environment variable that a configuration of this process names as a secret."""
 
@@ -32,6 +36,11 @@ _variables: set[str] = set()
 def secret_variables() -> frozenset[str]:
     """The environment variables that no child process may inherit."""
     return frozenset(_variables)
+
+
+def take_secrets(secrets: Mapping[str, str]) -> None:
+    """Go by secrets as another process has read them, whatever their sources hold by now."""
+    _handed.update(secrets)
 
 
 class SecretError(Exception):
@@ -102,6 +111,8 @@ class SecretSource(BaseModel):
 
     def read(self) -> str:
         """The secret as text, without white space around it; raises SecretError."""
+        if (handed := _handed.get(str(self))) is not None:
+            return handed
         if self.env is not None:
             value = os.environ.get(self.env)
             if not value:

@@ -2,17 +2,66 @@
 
 from __future__ import annotations
 
+import os
 import ssl
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from cryptography import x509
+from pydantic import BaseModel, ConfigDict, Field
 
-from xkiproxy.config.models import ClientTlsSettings
-from xkiproxy.config.secrets import SecretError, SecretSource
+from xkiproxy.config.models import ClientTlsSettings, TlsSettings
+from xkiproxy.config.secrets import SecretError
 
 
 class TlsError(Exception):
     """The certificate, key or CA cannot be used; the text names the file and what to do."""
+
+
+class Pem(BaseModel):
+    """A PEM file as it was read; messages name its path."""
+
+    model_config = ConfigDict(frozen=True, ser_json_bytes="base64", val_json_bytes="base64")
+
+    path: Path
+    data: bytes = Field(repr=False)
+
+
+class TlsFiles(BaseModel):
+    """The files of `[server.tls]`."""
+
+    model_config = ConfigDict(frozen=True)
+
+    certificate: Pem
+    private_key: Pem
+    client_ca: Pem | None
+
+
+def read_tls(settings: TlsSettings) -> TlsFiles:
+    """Read the files of the listener; raises TlsError or SecretError."""
+    return TlsFiles(
+        certificate=read_pem(settings.certificate),
+        private_key=read_pem(settings.private_key.path()),
+        client_ca=None if settings.client_ca is None else read_pem(settings.client_ca),
+    )
+
+
+def read_pem(path: Path) -> Pem:
+    """Read a file in PEM; raises TlsError."""
+    try:
+        return Pem(path=path, data=path.read_bytes())
+    except OSError as error:
+        raise TlsError(f"{path}: {error.strerror}") from None
+
+
+@contextmanager
+def as_file(pem: Pem) -> Iterator[str]:
+    """A file in memory that holds it: OpenSSL is given files, and must not read another by now."""
+    with os.fdopen(os.memfd_create("xkiproxy-pem", os.MFD_CLOEXEC), "wb") as file:
+        file.write(pem.data)
+        file.flush()
+        yield f"/proc/self/fd/{file.fileno()}"
 
 
 def client_context(settings: ClientTlsSettings) -> ssl.SSLContext:
@@ -23,34 +72,33 @@ def client_context(settings: ClientTlsSettings) -> ssl.SSLContext:
         raise TlsError(f"{settings.ca}: {tls_reason(error)}") from None
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     if settings.certificate is not None and settings.private_key is not None:
-        use_certificate(context, settings.certificate, settings.private_key)
+        certificate = read_pem(settings.certificate)
+        use_certificate(context, certificate, read_pem(settings.private_key.path()))
     return context
 
 
-def load_certificate(path: Path) -> x509.Certificate:
+def parse_certificate(pem: Pem) -> x509.Certificate:
     """The first certificate of a PEM file: the owner's own. Raises TlsError."""
     try:
-        return x509.load_pem_x509_certificate(path.read_bytes())
-    except OSError as error:
-        raise TlsError(f"{path}: {error.strerror}") from None
+        return x509.load_pem_x509_certificate(pem.data)
     except ValueError:
-        raise TlsError(f"{path}: there is no certificate in PEM in it") from None
+        raise TlsError(f"{pem.path}: there is no certificate in PEM in it") from None
 
 
-def use_certificate(context: ssl.SSLContext, certificate: Path, source: SecretSource) -> None:
+def use_certificate(context: ssl.SSLContext, certificate: Pem, key: Pem) -> None:
     """Let a context present a certificate; raises TlsError or SecretError."""
-    load_certificate(certificate)
-    key = source.path()
+    parse_certificate(certificate)
     try:
-        # A key with a passphrase must fail here, not ask for it on the terminal.
-        context.load_cert_chain(certificate, key, password=_no_passphrase)
+        with as_file(certificate) as certificate_file, as_file(key) as key_file:
+            # A key with a passphrase must fail here, not ask for it on the terminal.
+            context.load_cert_chain(certificate_file, key_file, password=_no_passphrase)
     except ssl.SSLError as error:
         if "MISMATCH" in (error.reason or ""):
-            raise TlsError(f"{key}: is not the key of {certificate}") from None
-        what = error.reason or f"is no private key in PEM (or {certificate} is damaged)"
-        raise TlsError(f"{key}: {what}") from None
+            raise TlsError(f"{key.path}: is not the key of {certificate.path}") from None
+        what = error.reason or f"is no private key in PEM (or {certificate.path} is damaged)"
+        raise TlsError(f"{key.path}: {what}") from None
     except OSError as error:
-        raise TlsError(f"{key}: {error.strerror}") from None
+        raise TlsError(f"{key.path}: {error.strerror}") from None
 
 
 def tls_reason(error: OSError) -> str:

@@ -11,7 +11,7 @@ import hashlib
 import ipaddress
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache
@@ -23,7 +23,16 @@ import cedarpy
 
 from xkiproxy.observability.logging import utf8
 
-__all__ = ["AccessRequest", "Policies", "PolicyError", "Verdict", "load_policies", "schema_text"]
+__all__ = [
+    "AccessRequest",
+    "Policies",
+    "PolicyError",
+    "Verdict",
+    "load_policies",
+    "parse_policies",
+    "read_policies",
+    "schema_text",
+]
 
 _EXTENSION = ".cedar"
 _MAX_FILE_SIZE = 1 << 20
@@ -128,6 +137,11 @@ class Policies:
 
 def load_policies(folder: Path) -> Policies:
     """The policies of the `.cedar` files in a folder; raises PolicyError."""
+    return parse_policies(read_policies(folder))
+
+
+def read_policies(folder: Path) -> dict[str, str]:
+    """The text of each `.cedar` file in a folder, by its name; raises PolicyError."""
     try:
         files = sorted(file for file in folder.iterdir() if file.suffix == _EXTENSION)
     except OSError as error:
@@ -135,16 +149,26 @@ def load_policies(folder: Path) -> Policies:
     if not files:
         # As it stands everything would be denied: that is hardly what was meant.
         raise PolicyError([f"{folder}: has no {_EXTENSION} file"])
-    statements: list[Statement] = []
+    texts: dict[str, str] = {}
     problems: list[str] = []
     for file in files:
+        name = utf8(file.name)
         try:
-            statements += split(utf8(file.name), _read(file))
+            if name in texts:  # one of them would be left out
+                raise PolicyError([f"{name}: another file is called so, with bytes of no UTF-8"])
+            texts[name] = _read(file)
         except PolicyError as error:
             problems += error.problems
     if problems:
         raise PolicyError(problems)
-    return Policies(statements)
+    return texts
+
+
+def parse_policies(texts: Mapping[str, str]) -> Policies:
+    """The policies in the text of files, which have names; raises PolicyError."""
+    return Policies(
+        statement for file, text in sorted(texts.items()) for statement in split(file, text)
+    )
 
 
 def schema_text() -> str:

@@ -59,29 +59,40 @@ class ProxiedServer:
         self._limit = limit
         self._tls = tls
         self._beginning: set[asyncio.Task[None]] = set()
-        self._accepting = self._loop.create_task(self._accept())
-        self._accepting.add_done_callback(lambda _: sock.close())
+        self._pause: asyncio.TimerHandle | None = None
+        self._listen()
 
     def close(self) -> None:
         """Accept no more; what has been accepted goes on."""
-        self._accepting.cancel()
+        if self._pause is not None:
+            self._pause.cancel()
+        self._loop.remove_reader(self._socket)
+        self._socket.close()
 
-    async def _accept(self) -> None:
-        while True:
-            try:
-                client, address = await self._loop.sock_accept(self._socket)
-            except OSError as error:
-                _log.error("a connection cannot be accepted: %s", error.strerror)
-                await asyncio.sleep(_NO_DESCRIPTOR_SECONDS)
-                continue
-            if not self._trusted.admit(str(address[0])):
-                self._turn_away(client, "untrusted", f"{address[0]} is no trusted balancer")
-            elif len(self._beginning) >= self._limit:
-                self._turn_away(client, "limit", "too many connections have just begun")
-            else:
-                task = self._loop.create_task(self._begin(client))
-                self._beginning.add(task)
-                task.add_done_callback(self._beginning.discard)
+    def _listen(self) -> None:
+        # No task that awaits `sock_accept`: one that is cancelled in the round in which it has
+        # accepted a connection loses that, and servers are exchanged at every reload.
+        self._loop.add_reader(self._socket, self._accept)
+
+    def _accept(self) -> None:
+        try:
+            client, address = self._socket.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return  # another process has it, or it is no more
+        except OSError as error:
+            _log.error("a connection cannot be accepted: %s", error.strerror)
+            self._loop.remove_reader(self._socket)
+            self._pause = self._loop.call_later(_NO_DESCRIPTOR_SECONDS, self._listen)
+            return
+        client.setblocking(False)
+        if not self._trusted.admit(str(address[0])):
+            self._turn_away(client, "untrusted", f"{address[0]} is no trusted balancer")
+        elif len(self._beginning) >= self._limit:
+            self._turn_away(client, "limit", "too many connections have just begun")
+        else:
+            task = self._loop.create_task(self._begin(client))
+            self._beginning.add(task)
+            task.add_done_callback(self._beginning.discard)
 
     async def _begin(self, client: socket.socket) -> None:
         """Read the header, then let the connection be one as any other."""

@@ -10,8 +10,10 @@ from __future__ import annotations
 import logging
 import ssl
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from xkiproxy.config import Config, ConfigError, Problem
@@ -33,6 +35,8 @@ class Change:
     context: ssl.SSLContext | None
     certificate: str
     """The fingerprint of the server's certificate; empty without TLS."""
+    expiry: float | None
+    """When it expires, in seconds since the epoch; None without TLS."""
     described: list[str]
     """What is different, a sentence each; nothing of a secret."""
 
@@ -120,6 +124,20 @@ def _describe_credentials(old: Tenant, new: Tenant) -> Iterator[str]:
     for access_key_id in sorted(before.keys() & after.keys()):
         if before[access_key_id] != after[access_key_id]:
             yield f"key store {name} has another secret for {access_key_id}"
+
+
+@contextmanager
+def refusing(where: str, path: Path) -> Iterator[None]:
+    """A step of a reload: whatever goes wrong in it is a reason to refuse it, so a ConfigError."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except OSError as error:
+        raise ConfigError(path, [Problem(where, error.strerror or str(error))]) from None
+    except Exception:
+        _log.exception("the reload failed")
+        raise ConfigError(path, [Problem(where, "an internal error: see the log")]) from None
 
 
 def texts(error: ConfigError) -> list[str]:

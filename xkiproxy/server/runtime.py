@@ -13,10 +13,11 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
+from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 
 from xkiproxy import __version__
-from xkiproxy.config import Config, ConfigError, Problem, load_config
+from xkiproxy.config import Config, ConfigError, Problem
 from xkiproxy.config.models import (
     AuditSettings,
     KeystoreSettings,
@@ -24,11 +25,11 @@ from xkiproxy.config.models import (
     TracingSettings,
 )
 from xkiproxy.config.secrets import SecretError
-from xkiproxy.config.tls import TlsError, client_context, load_certificate
+from xkiproxy.config.tls import TlsError, client_context, parse_certificate
 from xkiproxy.crypto.operations import Fault, OperationError
 from xkiproxy.keystores.authorization import Authorizer
 from xkiproxy.keystores.catalog import CatalogError
-from xkiproxy.keystores.credentials import CredentialError, load_credentials
+from xkiproxy.keystores.credentials import CredentialError, parse_credentials
 from xkiproxy.keystores.encryptions import (
     Counts,
     Encryptions,
@@ -40,7 +41,7 @@ from xkiproxy.keystores.failover import Failover
 from xkiproxy.keystores.keystore import KeyStore
 from xkiproxy.keystores.last_use import LastUse, last_use_path
 from xkiproxy.keystores.lifecycle import due_entries, purge_due
-from xkiproxy.keystores.policies import PolicyError, load_policies
+from xkiproxy.keystores.policies import PolicyError, parse_policies
 from xkiproxy.keystores.quotas import Quota, Quotas, QuotaTable
 from xkiproxy.keystores.replay import Replay, ReplayWindow
 from xkiproxy.keystores.shared_replay import SharedReplayWindow
@@ -57,6 +58,7 @@ from xkiproxy.observability.tracing import Tracer, TracingError, TracingOptions,
 from xkiproxy.protocols.base import REASONS
 from xkiproxy.protocols.registry import PROTOCOLS
 from xkiproxy.server.condition import Condition
+from xkiproxy.server.contents import Contents, ContentsError, StoreFiles, read_contents
 from xkiproxy.server.gateway import Tenant
 from xkiproxy.server.key_changes import KeyChanges
 from xkiproxy.server.networks import Networks
@@ -82,8 +84,8 @@ _OURS = (Fault.UNAVAILABLE, Fault.DEADLINE_EXCEEDED, Fault.INTERNAL)
 """What counts against the objective of availability."""
 
 _MISTAKES = (
-    CatalogError, CredentialError, EncryptionsError, KeyManagerError, OperationError, OSError,
-    PolicyError, SecretError, TlsError, TracingError,
+    CatalogError, ContentsError, CredentialError, EncryptionsError, KeyManagerError,
+    OperationError, OSError, PolicyError, SecretError, TlsError, TracingError,
 )  # fmt: skip
 
 
@@ -101,11 +103,11 @@ class Runtime:
         self,
         config: Config,
         tables: Tables | None = None,
-        load: Callable[[], Config] | None = None,
+        contents: Contents | None = None,
     ) -> None:
         """Open all parts; raises ConfigError with every problem that was found.
 
-        `tables` is what worker processes share. `load` reads the configuration anew, for a reload.
+        `tables` is what worker processes share, `contents` what one process has read for all.
         """
         self.config = config
         self.metrics = Metrics()
@@ -120,7 +122,6 @@ class Runtime:
         self._tables = tables
         self._last_use = LastUse(last_use_path(config.catalog.path))
         self._quota_table = QuotaTable(tables.quotas if tables else None)
-        self._load = load or (lambda: load_config(config.path))
         self._revision = 0
         self._sinks: dict[str, SinkState] = {}
         opening = _Opening(config)
@@ -140,32 +141,32 @@ class Runtime:
         self.tenants: list[Tenant] = []
         self.certificate = ""
         self.context: ssl.SSLContext | None = None
-        self.apply(self._open_changeable(config, opening))
+        self.apply(self._open_changeable(config, contents or read_contents(config), opening))
         for kmi in self.kmis.values():
             _show_kmi(self.metrics, kmi)
 
-    def _open_changeable(self, config: Config, opening: _Opening) -> Change:
+    def _open_changeable(self, config: Config, contents: Contents, opening: _Opening) -> Change:
         """What a reload may exchange; raises ConfigError, also with what was found before."""
-        context = opening.open("server.tls", lambda: _tls_context(config))
-        certificate = opening.open("server.tls", lambda: _fingerprint(config))
+        context = opening.open("server.tls", lambda: _tls_context(config, contents))
+        certificate = opening.open("server.tls", lambda: _certificate(config, contents))
         tenants = [
-            opening.open(f"keystore[{i}]", partial(self._open_tenant, settings))
+            opening.open(f"keystore[{i}]", partial(self._open_tenant, settings, contents))
             for i, settings in enumerate(config.keystore)
         ]
         opening.finish()
-        return Change(config, tenants, context, certificate, [])
+        fingerprint, expiry = _fingerprint(certificate), _expiry(certificate)
+        return Change(config, tenants, context, fingerprint, expiry, [])
 
-    def prepare(self) -> Change:
-        """Read the configuration anew and open what it may change; raises ConfigError."""
-        config = self._load()
+    def prepare(self, config: Config, contents: Contents) -> Change:
+        """Open what a configuration may change; raises ConfigError."""
         opening = _Opening(config)
         opening.problems.extend(fixed_differences(self.config, config))
-        change = self._open_changeable(config, opening)
+        change = self._open_changeable(config, contents, opening)
         change.described.extend(describe(self.config, self.tenants, self.certificate, change))
         return change
 
     def apply(self, change: Change) -> None:
-        """Take over what `prepare` has opened."""
+        """Take over what `prepare` has opened; nothing is read here, so that nothing can fail."""
         self.config = change.config
         self.tenants = change.tenants
         self.context = change.context
@@ -176,13 +177,12 @@ class Runtime:
             if tenant.store.signing_keys.oldest is not None:
                 created = self.metrics.credential_created.labels(tenant.store.name)
                 created.set(tenant.store.signing_keys.oldest)
-        tls = change.config.server.tls
-        if tls is not None:
-            expiry = load_certificate(tls.certificate).not_valid_after_utc
-            self.metrics.certificate_expiry.labels("public").set(expiry.timestamp())
+        if change.expiry is not None:
+            self.metrics.certificate_expiry.labels("public").set(change.expiry)
 
-    def _open_tenant(self, settings: KeystoreSettings) -> Tenant:
-        credentials = load_credentials(settings.credentials)
+    def _open_tenant(self, settings: KeystoreSettings, contents: Contents) -> Tenant:
+        files = contents.of_store(settings.name)
+        credentials = parse_credentials(files.credentials, str(settings.credentials))
         store = KeyStore(
             settings.name,
             self.catalog,
@@ -191,7 +191,7 @@ class Runtime:
             CachedSigningKeys(credentials),
             self._replay(settings.name),
             deadline=settings.deadline_ms / 1000,
-            authorizer=_authorizer(settings),
+            authorizer=_authorizer(settings.name, files),
             quotas=self._quotas(settings),
             failover=self._failover(settings),
             encryptions=self.encryptions,
@@ -416,22 +416,26 @@ class _Opening:
             raise ConfigError(self._config.path, self.problems)
 
 
-def _authorizer(settings: KeystoreSettings) -> Authorizer | None:
-    if settings.policies is None:
-        return None
-    return Authorizer(settings.name, load_policies(settings.policies))
+def _authorizer(name: str, files: StoreFiles) -> Authorizer | None:
+    return None if files.policies is None else Authorizer(name, parse_policies(files.policies))
 
 
-def _tls_context(config: Config) -> ssl.SSLContext | None:
+def _tls_context(config: Config, contents: Contents) -> ssl.SSLContext | None:
     tls = config.server.tls
-    return None if tls is None else server_context(tls)
+    return None if tls is None else server_context(tls, contents.of_tls())
 
 
-def _fingerprint(config: Config) -> str:
+def _certificate(config: Config, contents: Contents) -> x509.Certificate | None:
     tls = config.server.tls
-    if tls is None:
-        return ""
-    return f"sha256-{load_certificate(tls.certificate).fingerprint(hashes.SHA256()).hex()}"
+    return None if tls is None else parse_certificate(contents.of_tls().certificate)
+
+
+def _fingerprint(certificate: x509.Certificate | None) -> str:
+    return "" if certificate is None else f"sha256-{certificate.fingerprint(hashes.SHA256()).hex()}"
+
+
+def _expiry(certificate: x509.Certificate | None) -> float | None:
+    return None if certificate is None else certificate.not_valid_after_utc.timestamp()
 
 
 def _audit_options(settings: AuditSettings) -> AuditOptions:

@@ -10,7 +10,6 @@ import asyncio
 import gc
 import logging
 import resource
-import signal
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
@@ -18,14 +17,16 @@ from datetime import UTC, datetime
 import uvloop
 
 from xkiproxy import __version__
-from xkiproxy.config import Config, ConfigError, Problem
+from xkiproxy.config import Config, ConfigError
 from xkiproxy.observability.audit import AuditError, Sink, encode
 from xkiproxy.server.admin import OneProcess, admin_listener
+from xkiproxy.server.contents import Contents, read_anew
 from xkiproxy.server.gateway import Gateway
 from xkiproxy.server.listener import Listener
 from xkiproxy.server.notify import notify_ready, notify_reload, notify_stopping
-from xkiproxy.server.reload import Change, texts
+from xkiproxy.server.reload import Change, refusing, texts
 from xkiproxy.server.runtime import Runtime, Tables
+from xkiproxy.server.signals import Signals
 from xkiproxy.server.sinks import open_audit
 from xkiproxy.server.supervisor import supervise
 
@@ -47,36 +48,34 @@ def run(config: Config) -> None:
         OSError: a listener cannot be opened.
         WorkerError: a worker process could not be started; it has said why.
     """
-    uvloop.run(_serve(config))
+    with suppress(asyncio.CancelledError):  # stopped before it served
+        uvloop.run(_serve(config))
 
 
 async def _serve(config: Config) -> None:
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+    signals = Signals()
     if config.server.workers > 1:
-        await supervise(config, stop)
+        await supervise(config.path, signals)
     else:
-        await _serve_alone(config, stop)
+        await _serve_alone(config, signals)
 
 
-async def _serve_alone(config: Config, stop: asyncio.Event) -> None:
+async def _serve_alone(config: Config, signals: Signals) -> None:
     async with (
         running_parts(config) as (runtime, audit),
         admin_listener(config.server.admin_listen, OneProcess(runtime)),
         public_side(runtime, audit) as public,
+        signals.reloading(public.reload),
     ):
-        loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGHUP, lambda: loop.create_task(public.reload()))
+        signals.serving()
         scheme = "https" if config.server.tls else "http"
         _log.info("xkiproxy %s serves %s://%s:%d", __version__, scheme, *public.listener.address)
         notify_ready()
-        await stop.wait()
+        await signals.stop.wait()
         runtime.stopping = True
         settings = config.server
         grace = settings.shutdown_timeout_seconds + _CLOSE_SECONDS
-        await notify_stopping(stop, settings.shutdown_delay_seconds, grace)
+        await notify_stopping(signals.stop, settings.shutdown_delay_seconds, grace)
 
 
 class PublicSide:
@@ -87,40 +86,33 @@ class PublicSide:
         self._runtime = runtime
         self._audit = audit
         self._gateway = gateway
-        self._reloading = asyncio.Lock()
 
     async def reload(self) -> None:
         """Take over the configuration as it is now, whole or not at all; tells what came of it."""
-        async with self._reloading:
-            with notify_reload():
-                await self._reload()
+        with notify_reload():
+            await self._reload()
 
     async def _reload(self) -> None:
         succeeded = False
         try:
-            await self.apply(await self.prepare())
+            path = self._runtime.config.path
+            await self.apply(await self.prepare(lambda: read_anew(path)))
             succeeded = True
         except ConfigError as error:
             self.note(texts(error), [])
-        except OSError as error:
-            self.note([f"server.listen: {error.strerror}"], [])
         self._runtime.metrics.count_reload(succeeded=succeeded)
 
-    async def prepare(self) -> Change:
+    async def prepare(self, read: Callable[[], tuple[Config, Contents]]) -> Change:
         """Open and check what has changed; raises ConfigError."""
-        try:
+        with refusing("", self._runtime.config.path):
             # In a thread: certificates and credentials are read from disks that may be slow.
-            return await asyncio.to_thread(self._runtime.prepare)
-        except ConfigError:
-            raise
-        except Exception:
-            _log.exception("the reload failed")
-            path = self._runtime.config.path
-            raise ConfigError(path, [Problem("", "an internal error: see the log")]) from None
+            return await asyncio.to_thread(lambda: self._runtime.prepare(*read()))
 
     async def apply(self, change: Change) -> None:
-        """Exchange; raises OSError, and then nothing is exchanged."""
-        await self.listener.use(change.context)
+        """Exchange; raises ConfigError, and then nothing is exchanged."""
+        with refusing("server.listen", change.config.path):
+            # What can fail comes first, as for want of descriptors; the rest is assignments.
+            await self.listener.use(change.context)
         self._runtime.apply(change)
         self._gateway.serve(change.tenants)
         self.note([], change.described)
@@ -139,10 +131,10 @@ class PublicSide:
 async def running_parts(
     config: Config,
     tables: Tables | None = None,
-    load: Callable[[], Config] | None = None,
+    contents: Contents | None = None,
 ) -> AsyncIterator[tuple[Runtime, Sink]]:
     """The parts that serve requests, started; raises ConfigError or AuditError. See `Runtime`."""
-    runtime = Runtime(config, tables, load)
+    runtime = Runtime(config, tables, contents)
     try:
         audit = await open_audit(config.audit, runtime.audit_options)
         try:

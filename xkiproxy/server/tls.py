@@ -12,13 +12,13 @@ import ssl
 from typing import Any
 
 from xkiproxy.config.models import TlsSettings
-from xkiproxy.config.tls import TlsError, tls_reason, use_certificate
+from xkiproxy.config.tls import TlsError, TlsFiles, as_file, tls_reason, use_certificate
 
 SUITES_1_2 = ("ECDHE-ECDSA-AES256-GCM-SHA384", "ECDHE-RSA-AES256-GCM-SHA384")
 SUITES_1_3 = ("TLS_AES_256_GCM_SHA384", "TLS_CHACHA20_POLY1305_SHA256")
 
 
-def server_context(settings: TlsSettings) -> ssl.SSLContext:
+def server_context(settings: TlsSettings, files: TlsFiles) -> ssl.SSLContext:
     """The context of the listener; raises TlsError or SecretError."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -26,13 +26,14 @@ def server_context(settings: TlsSettings) -> ssl.SSLContext:
     context.options |= ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION
     context.options |= ssl.OP_CIPHER_SERVER_PREFERENCE
     context.set_alpn_protocols(["http/1.1"])
-    use_certificate(context, settings.certificate, settings.private_key)
-    if settings.client_ca is not None:
+    use_certificate(context, files.certificate, files.private_key)
+    if files.client_ca is not None:
         context.verify_mode = ssl.CERT_REQUIRED
         try:
-            context.load_verify_locations(cafile=settings.client_ca)
+            with as_file(files.client_ca) as file:
+                context.load_verify_locations(cafile=file)
         except (OSError, ssl.SSLError) as error:
-            raise TlsError(f"{settings.client_ca}: {tls_reason(error)}") from None
+            raise TlsError(f"{files.client_ca.path}: {tls_reason(error)}") from None
     context.sslobject_class = _checked_object(frozenset(settings.client_names))
     return context
 

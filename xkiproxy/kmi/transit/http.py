@@ -19,7 +19,7 @@ from yarl import URL
 from xkiproxy import __version__
 from xkiproxy.config.models import TransitSettings
 from xkiproxy.config.secrets import SecretError
-from xkiproxy.config.tls import TlsError, client_context, use_certificate
+from xkiproxy.config.tls import TlsError, client_context, read_pem, use_certificate
 from xkiproxy.kmi.base import BreakReason, KeyManagerError, LaneError
 
 _KEEP_ALIVE_SECONDS = 60.0
@@ -126,9 +126,10 @@ class Http:
         if self._context is None or tls.certificate is None or tls.private_key is None:
             return
         try:
+            certificate, key = read_pem(tls.certificate), read_pem(tls.private_key.path())
             # First where it harms nothing: certificate and key may just be being replaced.
             for context in (ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), self._context):
-                use_certificate(context, tls.certificate, tls.private_key)
+                use_certificate(context, certificate, key)
         except (TlsError, SecretError) as error:
             raise LaneError(str(error), BreakReason.START) from None
 
