@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import pytest
 
 from xkiproxy.config.models import KmipSettings
+from xkiproxy.kmi.base import BreakReason, LaneError
 from xkiproxy.kmi.endpoints import Endpoints
 
 
 def started(endpoints: Endpoints, lane: int) -> int:
-    chosen = endpoints.next(lane)
-    endpoints.started(chosen)
-    return chosen
+    with endpoints.starting(lane) as chosen:
+        return chosen
 
 
 def failed(endpoints: Endpoints, lane: int) -> int:
-    chosen = endpoints.next(lane)
-    endpoints.failed(chosen)
+    with suppress(LaneError), endpoints.starting(lane) as chosen:
+        raise LaneError("planted", BreakReason.START)
     return chosen
 
 
@@ -39,9 +41,10 @@ def test_one_that_failed_is_passed_over_while_there_are_others() -> None:
 def test_while_all_are_away_one_that_hangs_has_one_lane() -> None:
     endpoints = Endpoints(2)
     assert [failed(endpoints, lane) for lane in range(2)] == [0, 1]
-    assert endpoints.next(2) == 0  # hangs
-    assert [failed(endpoints, lane) for lane in (0, 1, 1, 0)] == [1] * 4
-    endpoints.failed(0)
+    with suppress(LaneError), endpoints.starting(2) as chosen:
+        assert chosen == 0  # hangs
+        assert [failed(endpoints, lane) for lane in (0, 1, 1, 0)] == [1] * 4
+        raise LaneError("planted", BreakReason.START)
     assert [failed(endpoints, 0) for _ in range(2)] == [0, 1]
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class Endpoints:
     """Sends each start of a lane to the next endpoint, so that none is left out for good.
@@ -18,24 +21,24 @@ class Endpoints:
         self._failed: set[int] = set()
         self._under_way = [0] * count
 
-    def next(self, lane: int) -> int:
-        """The endpoint for the next start of this lane; both are counted from 0.
+    @contextmanager
+    def starting(self, lane: int) -> Iterator[int]:
+        """While a lane is started: at which endpoint. Both are counted from 0."""
+        endpoint = self._next_for(lane)
+        self._under_way[endpoint] += 1
+        try:
+            yield endpoint
+        except BaseException:
+            self._failed.add(endpoint)
+            raise
+        else:
+            self._failed.discard(endpoint)
+        finally:
+            self._under_way[endpoint] -= 1
 
-        What comes of it must be told, by `started` or `failed`.
-        """
+    def _next_for(self, lane: int) -> int:
         first = self._next.get(lane, lane)
         order = [(first + i) % self._count for i in range(self._count)]
         chosen = min(order, key=lambda i: (1 + self._under_way[i]) * (i in self._failed))
         self._next[lane] = chosen + 1
-        self._under_way[chosen] += 1
         return chosen
-
-    def started(self, endpoint: int) -> None:
-        """A lane was started there."""
-        self._under_way[endpoint] -= 1
-        self._failed.discard(endpoint)
-
-    def failed(self, endpoint: int) -> None:
-        """A lane could not be started there."""
-        self._under_way[endpoint] -= 1
-        self._failed.add(endpoint)

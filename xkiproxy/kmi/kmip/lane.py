@@ -521,14 +521,8 @@ class KmipLauncher:
 
     async def launch(self, index: int) -> KmipLane:
         """See `xkiproxy.kmi.base.Launcher`; with a probe key, it begins with its check."""
-        endpoint = self._endpoints.next(index)
-        try:
-            lane = await self._launch_at(endpoint)
-        except BaseException:
-            self._endpoints.failed(endpoint)
-            raise
-        self._endpoints.started(endpoint)
-        return lane
+        with self._endpoints.starting(index) as endpoint:
+            return await self._launch_at(endpoint)
 
     async def _launch_at(self, endpoint: int) -> KmipLane:
         connection = await connect(self._settings, endpoint)

@@ -196,20 +196,15 @@ class Pkcs11Launcher:
 
     async def launch(self, index: int) -> Pkcs11Lane:
         """See `xkiproxy.kmi.base.Launcher`; `LOGIN` is raised once every token has refused."""
-        endpoint = self._endpoints.next(index)
-        place = self._places[endpoint]
         try:
-            async with place.turn:
-                lane = await self._log_in(index, place)
-        except BaseException as error:
-            self._endpoints.failed(endpoint)
-            if not isinstance(error, LaneError) or error.reason is not BreakReason.LOGIN:
-                raise
-            if any(other.refused is None for other in self._places):
+            with self._endpoints.starting(index) as endpoint:
+                place = self._places[endpoint]
+                async with place.turn:
+                    return await self._log_in(index, place)
+        except LaneError as error:
+            if error.reason is BreakReason.LOGIN and any(p.refused is None for p in self._places):
                 raise LaneError(error.message, BreakReason.START) from None  # elsewhere, next
             raise
-        self._endpoints.started(endpoint)
-        return lane
 
     async def _log_in(self, index: int, place: _Place) -> Pkcs11Lane:
         if place.refused is not None:

@@ -305,14 +305,8 @@ class TransitLauncher:
 
     async def launch(self, index: int) -> TransitLane:
         """See `xkiproxy.kmi.base.Launcher`; every lane begins with a check of the server."""
-        endpoint = self._endpoints.next(index)
-        try:
-            lane = await self._open(self._clients[endpoint])
-        except BaseException:
-            self._endpoints.failed(endpoint)
-            raise
-        self._endpoints.started(endpoint)
-        return lane
+        with self._endpoints.starting(index) as endpoint:
+            return await self._open(self._clients[endpoint])
 
     async def _open(self, client: TransitClient) -> TransitLane:
         seconds = self._settings.start_timeout_seconds
