@@ -15,7 +15,7 @@ from transit import ADMIN_TOKEN, TOKEN, TransitSite
 from transit_server import PROXY_POLICY, ServerToken, TransitServer
 
 from xkiproxy.config.secrets import write_secret_file
-from xkiproxy.config.tls import load_certificate
+from xkiproxy.config.tls import parse_certificate, read_pem
 from xkiproxy.crypto.operations import Encrypt, Fault, OperationError
 from xkiproxy.kmi.base import KmiState
 from xkiproxy.kmi.transit.client import TransitClient
@@ -168,7 +168,7 @@ async def test_a_renewed_certificate_is_used_for_the_next_login(
 
 
 def serial_of(site: TransitSite) -> int:
-    return load_certificate(site.directory / "client.crt").serial_number
+    return parse_certificate(read_pem(site.directory / "client.crt")).serial_number
 
 
 async def test_a_client_that_is_given_up_half_way_is_released(site: TransitSite) -> None:
