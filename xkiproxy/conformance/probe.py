@@ -11,9 +11,8 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import aiohttp
 import orjson
 from yarl import URL
 
@@ -30,7 +29,9 @@ from xkiproxy.conformance.wire import (
     Wire,
 )
 
-_TIMEOUT = aiohttp.ClientTimeout(total=30, sock_connect=10)
+if TYPE_CHECKING:
+    # Loaded where it is used: it takes a quarter of a second, and every command would wait for it.
+    import aiohttp
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +113,8 @@ class Probe:
 
     async def send(self, request: Request) -> Answer:
         """Send a request as it is; raises Unmet where no answer comes."""
+        from aiohttp import ClientError  # noqa: PLC0415
+
         url = URL(self.subject.origin + request.path, encoded=True)
         began = time.perf_counter()
         try:
@@ -119,7 +122,7 @@ class Probe:
                 request.method, url, headers=request.headers, data=request.body or None
             ) as answer:
                 body = await answer.read()
-        except (aiohttp.ClientError, TimeoutError) as error:
+        except (ClientError, TimeoutError) as error:
             raise Unmet(f"no answer: {type(error).__name__}: {error}") from None
         seconds = time.perf_counter() - began
         headers = {name.lower(): value for name, value in answer.headers.items()}
@@ -179,11 +182,14 @@ class Probe:
 @asynccontextmanager
 async def connect(subject: Subject, wire: Wire) -> AsyncIterator[Probe]:
     """A probe with connections of its own."""
+    from aiohttp import ClientSession, ClientTimeout, TCPConnector  # noqa: PLC0415
+
     trust = subject.tls(True) if subject.tls is not None else True
-    connector = aiohttp.TCPConnector(ssl=trust, limit=64)
+    connector = TCPConnector(ssl=trust, limit=64)
     skip = ("Accept", "Accept-Encoding", "User-Agent", "Content-Type")
-    async with aiohttp.ClientSession(
-        connector=connector, timeout=_TIMEOUT, skip_auto_headers=skip
+    timeout = ClientTimeout(total=30, sock_connect=10)
+    async with ClientSession(
+        connector=connector, timeout=timeout, skip_auto_headers=skip
     ) as session:
         yield Probe(subject, wire, session)
     await asyncio.sleep(0)  # lets TLS connections end
