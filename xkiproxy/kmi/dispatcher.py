@@ -33,6 +33,7 @@ from xkiproxy.kmi.base import (
     LaneState,
     Launcher,
 )
+from xkiproxy.kmi.deadlines import Deadlines
 from xkiproxy.kmi.standing import Standing
 from xkiproxy.observability.logging import utf8
 from xkiproxy.observability.metrics import Metrics
@@ -252,12 +253,17 @@ class InlineKmi:
 class _Item:
     """An operation on its way."""
 
-    __slots__ = ("attempts", "batch", "followed", "future", "operation")
+    __slots__ = ("attempts", "batch", "deadline", "followed", "future", "operation")
 
     def __init__(
-        self, operation: Operation, future: asyncio.Future[Result], followed: bool
+        self,
+        operation: Operation,
+        deadline: float,
+        future: asyncio.Future[Result],
+        followed: bool,
     ) -> None:
         self.operation = operation
+        self.deadline = deadline
         self.future = future
         self.attempts = 0
         self.followed = followed
@@ -341,6 +347,7 @@ class QueuedKmi:
     def start(self) -> None:
         """See `Kmi.start`."""
         self._loop = asyncio.get_running_loop()
+        self._deadlines = Deadlines(self._loop, _expire)
         count = len(self._lanes)
         self._supervisors = [self._loop.create_task(self._supervise(i)) for i in range(count)]
 
@@ -353,8 +360,8 @@ class QueuedKmi:
         if self.is_full:
             raise OperationError(Fault.THROTTLED, "Too many requests wait for the key manager.")
         now = time.monotonic()
-        item = _Item(operation, self._loop.create_future(), timing is not None)
-        timer = self._loop.call_later(deadline - now, _expire, item)
+        item = _Item(operation, deadline, self._loop.create_future(), timing is not None)
+        self._deadlines.add(item)
         self._queue.append(item)
         self._schedule_pump()
         outcome = "internal"
@@ -369,7 +376,7 @@ class QueuedKmi:
             outcome = "cancelled"  # another KMI was faster
             raise
         finally:
-            timer.cancel()
+            self._deadlines.remove(item)
             ended = time.monotonic()
             self._metrics.finished(type(operation), ended - now, outcome)
             if timing is not None:
@@ -430,11 +437,14 @@ class QueuedKmi:
         must not take the others with it again.
         """
         batch: list[_Item] = []
+        now = time.monotonic()
         while self._queue and len(batch) < self._max_batch:
             if self._queue[0].attempts and batch:
                 break
             item = self._queue.popleft()
-            if item.future.done():  # its deadline passed
+            if item.deadline <= now:
+                _expire(item)
+            if item.future.done():  # over, or nobody waits any more
                 continue
             batch.append(item)
             if item.attempts:
