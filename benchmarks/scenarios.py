@@ -18,7 +18,8 @@ from typing import Any
 
 from benchmarks.dispatcher import make_token, straight_rate
 from benchmarks.hot_path import software_rate
-from benchmarks.load.processes import run_load
+from benchmarks.load.preparation import prepare
+from benchmarks.load.processes import Generators, run_load
 from benchmarks.load.requests import Workload
 from benchmarks.load.results import LoadError, LoadResult
 from benchmarks.load.run import Plan
@@ -26,21 +27,28 @@ from benchmarks.servers import KEY_ID, BareServer, ChildServer, ProxyServer
 
 _BARE_RATE = 40_000
 """Requests a second to sign ahead for the bare server: more than it answers."""
+_TURN_WARM_UP_SECONDS = 0.1
 _FLOOD_KINDS = frozenset({"no answer", "never sent", "429", "503"})
 """What a flood may come to: left over in the generator at its end, or refused at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How long and how often: `seconds` a round, `rounds`, `memory_requests` in all."""
+    """How long and how often: `seconds` a round, `rounds`, `memory_requests` in all.
+
+    Where two servers are compared they take `turns` of `turn_seconds` each: short ones, since a
+    shared machine changes its speed by a third from one second to another, and many.
+    """
 
     seconds: float
     rounds: int
     memory_requests: int
+    turn_seconds: float
+    turns: int
 
 
-FULL = Pace(4.0, 5, 1_000_000)
-QUICK = Pace(0.5, 1, 20_000)
+FULL = Pace(4.0, 5, 1_000_000, turn_seconds=0.5, turns=31)
+QUICK = Pace(0.5, 1, 20_000, turn_seconds=0.25, turns=5)
 
 
 @dataclass
@@ -113,12 +121,17 @@ def _say(text: str) -> None:
 async def _load(
     server: ChildServer, workload: Workload, seconds: float, *, connections: int = 64, **more: Any
 ) -> LoadResult:
-    processes = more.pop("processes", 1)
     more.setdefault("warm_up", min(1.0, seconds / 2))
+    plan = _plan(server, workload, seconds, connections=connections, **more)
+    return await run_load(plan, probe=server.cpu_seconds)
+
+
+def _plan(
+    server: ChildServer, workload: Workload, seconds: float, *, connections: int = 64, **more: Any
+) -> Plan:
     if isinstance(server, BareServer):
-        more.setdefault("ahead", int(_BARE_RATE * (seconds + 1)))
-    plan = Plan(server.target, workload, connections, seconds, **more)
-    return await run_load(plan, processes, probe=server.cpu_seconds)
+        more.setdefault("ahead", int(_BARE_RATE * (seconds + more["warm_up"])))
+    return Plan(server.target, workload, connections, seconds, **more)
 
 
 def _server_us(result: LoadResult) -> float:
@@ -132,11 +145,17 @@ async def _compare(
 ) -> list[tuple[LoadResult, ...]]:
     """The sides in turns."""
     rounds = []
-    for number in range(pace.rounds):
-        results = [outcome.count(await _load(*side, pace.seconds)) for side in sides]
-        rounds.append(tuple(results))
-        rates = " and ".join(f"{result.rate:,.0f}/s" for result in results)
-        _say(f"round {number + 1}: {rates}")
+    materials = [await prepare(server.target, workload) for server, workload in sides]
+    async with Generators(progress=False) as generators:
+        for number in range(pace.turns):
+            results = []
+            for (server, workload), material in zip(sides, materials, strict=True):
+                plan = _plan(server, workload, pace.turn_seconds, warm_up=_TURN_WARM_UP_SECONDS)
+                result = await generators.run(plan, material, server.cpu_seconds)
+                results.append(outcome.count(result))
+            rounds.append(tuple(results))
+            rates = " and ".join(f"{result.rate:,.0f}/s" for result in results)
+            _say(f"turn {number + 1}: {rates}")
     return rounds
 
 

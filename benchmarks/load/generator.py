@@ -1,7 +1,8 @@
 """The program of one generator process: JSON, a line at a time, on standard input and output.
 
-It reads {"plan", "material", "phase"}, signs and connects, writes {"ready"}, reads {"begin"} (when
-to start), writes {"done", "failed"} as it goes, {"ended"} when the load is over, and {"result"}.
+For each load it reads {"plan", "material", "phase"}, signs and connects, writes {"ready"}, reads
+{"begin"} (when to start), writes {"done", "failed"} as it goes, {"ended"} when the load is over,
+and {"result"}.
 """
 
 from __future__ import annotations
@@ -33,7 +34,18 @@ async def _report(generator: Generator) -> None:
         _say(done=tally.done, failed=tally.failed)
 
 
-async def _main(task: dict[str, Any]) -> None:
+async def _read() -> dict[str, Any] | None:
+    """The next line; None once whoever started us is gone."""
+    line = await asyncio.get_running_loop().run_in_executor(None, sys.stdin.readline)
+    return json.loads(line) if line else None
+
+
+async def _main() -> None:
+    while task := await _read():
+        await _run(task)
+
+
+async def _run(task: dict[str, Any]) -> None:
     started = time.perf_counter()
     material = Material(tuple(task["material"]["decrypts"]), tuple(task["material"]["sizes"]))
     generator = Generator(Plan.from_json(task["plan"]), material, task["phase"])
@@ -44,11 +56,11 @@ async def _main(task: dict[str, Any]) -> None:
         _say(error=f"cannot connect: {error}")
         return
     _say(ready=True, signing_seconds=signing_seconds)
-    line = await asyncio.get_running_loop().run_in_executor(None, sys.stdin.readline)
-    if not line:
-        return  # whoever started us is gone
+    start = await _read()
+    if start is None:
+        return
     reporter = asyncio.create_task(_report(generator))
-    result = await generator.run(json.loads(line)["begin"])
+    result = await generator.run(start["begin"])
     _say(ended=True)
     reporter.cancel()
     with suppress(asyncio.CancelledError):
@@ -58,4 +70,4 @@ async def _main(task: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    uvloop.run(_main(json.loads(sys.stdin.readline())))
+    uvloop.run(_main())

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from benchmarks.load.loops import BILLION
 from benchmarks.load.preparation import prepare
@@ -110,6 +110,40 @@ class _Child:
         await self._process.wait()
 
 
+class Generators:
+    """Generator processes that take one load after the other: `async with` ends them.
+
+    To start them takes longer than a short load.
+    """
+
+    def __init__(self, processes: int = 1, *, progress: bool = True) -> None:
+        self._wanted = processes
+        self._shown = _Progress(processes, progress)
+        self._children: list[_Child] = []
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await asyncio.gather(*(child.stop() for child in self._children))
+
+    async def run(self, plan: Plan, material: Material, probe: Probe | None = None) -> LoadResult:
+        """Run a load from all of them; see `run_load`."""
+        if not 1 <= self._wanted <= plan.connections:
+            raise LoadError("processes: at least one, and a connection for each")
+        while len(self._children) < self._wanted:
+            self._children.append(await _Child.start(len(self._children), self._shown))
+        self._shown.counts = [(0, 0)] * self._wanted
+        for index, (child, part) in enumerate(
+            zip(self._children, plan.share(self._wanted), strict=True)
+        ):
+            phase = index / self._wanted
+            await child.write(
+                {"plan": part.to_json(), "material": asdict(material), "phase": phase}
+            )
+        return await _run_children(plan, self._children, self._shown, probe)
+
+
 async def run_load(
     plan: Plan,
     processes: int = 1,
@@ -125,23 +159,9 @@ async def run_load(
     Raises:
         LoadError: the target or a generator does not work at all.
     """
-    if not 1 <= processes <= plan.connections:
-        raise LoadError("processes: at least one, and a connection for each")
     material = material or await prepare(plan.target, plan.workload)
-    shown = _Progress(processes, progress)
-    children: list[_Child] = []
-    try:
-        for index, part in enumerate(plan.share(processes)):
-            task = {
-                "plan": part.to_json(),
-                "material": asdict(material),
-                "phase": index / processes,
-            }
-            children.append(await _Child.start(index, shown))
-            await children[-1].write(task)
-        return await _run_children(plan, children, shown, probe)
-    finally:
-        await asyncio.gather(*(child.stop() for child in children))
+    async with Generators(processes, progress=progress) as generators:
+        return await generators.run(plan, material, probe)
 
 
 async def _run_children(

@@ -97,14 +97,14 @@ def test_a_scenario_that_cannot_be_finished_takes_nothing_from_the_others(
         raise LoadError("the server has gone")
 
     monkeypatch.setattr(suite, "SCENARIOS", {"a": fails, "b": works})
-    found = asyncio.run(suite.run_suite(["a", "b"], Pace(0.1, 1, 1)))
+    found = asyncio.run(suite.run_suite(["a", "b"], Pace(0.1, 1, 1, 0.1, 1)))
     assert suite.failures(found) == {"a": {"not finished: the server has gone": 1}}
     assert "good" in suite.table(found)
 
 
 def test_a_short_run(tmp_path: Path) -> None:
     """Real servers and loads; the figures are there, whatever they are."""
-    pace = Pace(0.3, 1, 1000)
+    pace = Pace(0.3, 1, 1000, 0.3, 1)
     found = asyncio.run(suite.run_suite(["software-vs-bare", "xks-vs-xki"], pace))
     assert suite.failures(found) == {}
     suite.write(found, tmp_path / "run" / "results.json")
