@@ -94,9 +94,9 @@ class QuotaTable:
         return place
 
 
-_Bucket = tuple[str, int, int, float, float, float]
-"""What a bucket is for, its mark and its place; in seconds, what a request takes, what a burst
-takes, and that and a little more: sums of a thousand periods are off by less.
+_Bucket = tuple[int, int, float, float, float, str]
+"""Its mark and its place; in seconds, what a request takes, what a burst takes and a little more
+(sums of a thousand periods are off by less), and what a burst takes; what it is for.
 """
 
 
@@ -122,21 +122,21 @@ class Quotas:
         buckets = self._buckets.get((key_id, principal))
         if buckets is None:
             buckets = self._find(key_id, principal, now)
-        taken: list[tuple[int, float]] = []
-        for kind, mark, last_place, period, depth, limit in buckets:
-            place = last_place
+        for bucket in buckets:
+            mark, place, period, limit, _, _ = bucket
             if marks[place] != mark:  # others needed it
                 place = self._table.place(mark, now)
                 self._buckets.pop((key_id, principal), None)
             full = times[place]
             full = (full if full > now else now) + period
             if full - now > limit:
-                wait = math.ceil(full - now - depth)
-                details: dict[str, str | int] = {"quota": kind, "retry_after": wait}
-                raise OperationError(Fault.THROTTLED, f"Over the quota ({kind}).", details=details)
-            taken.append((place, full))
-        for place, full in taken:
+                self._give_back(buckets[: buckets.index(bucket)], now)
+                raise _over_quota(bucket, full - now)
             times[place] = full
+
+    def _give_back(self, buckets: list[_Bucket], now: float) -> None:
+        for mark, _, period, *_ in buckets:
+            self._table.times[self._table.place(mark, now)] -= period
 
     def _find(self, key_id: str, principal: str, now: float) -> list[_Bucket]:
         """The buckets that a request is counted in; one for no key has none of a key."""
@@ -152,9 +152,16 @@ class Quotas:
                 # Under the quota that was before a reload more time may have been taken than a
                 # burst is now: such a bucket is empty, and no emptier than that.
                 self._table.times[place] = min(self._table.times[place], now + depth)
-                buckets.append((kind, mark, place, period, depth, limit))
+                buckets.append((mark, place, period, limit, depth, kind))
         if len(self._buckets) >= _MAX_REMEMBERED:
             self._buckets.clear()
         if len(principal) <= _LONGEST_REMEMBERED:
             self._buckets[key_id, principal] = buckets
         return buckets
+
+
+def _over_quota(bucket: _Bucket, seconds: float) -> OperationError:
+    """`seconds` until the bucket would be full, with the request that it refuses."""
+    *_, depth, kind = bucket
+    details: dict[str, str | int] = {"quota": kind, "retry_after": math.ceil(seconds - depth)}
+    return OperationError(Fault.THROTTLED, f"Over the quota ({kind}).", details=details)
