@@ -77,14 +77,32 @@ class FakeLauncher:
         self.launches = 0
         self.error = LaneError("no more lanes", BreakReason.START)
         self.hangs = False
+        self.away = False
+        self.home: FakeLane | LaneError | None = None
+        self.home_launches = 0
 
-    async def launch(self, index: int) -> FakeLane:
+    def is_away(self, index: int) -> bool:
+        return self.away
+
+    async def launch(self, index: int, *, home: bool = False) -> FakeLane:
+        if home:
+            return await self.launch_home()
         self.launches += 1
         while self.hangs:
             await asyncio.sleep(0.01)
         if not self.lanes:
             raise self.error
         return self.lanes.pop(0)
+
+    async def launch_home(self) -> FakeLane:
+        """It hangs while there is none."""
+        self.home_launches += 1
+        while self.home is None:
+            await asyncio.sleep(0.01)
+        if isinstance(self.home, LaneError):
+            raise self.home
+        self.away = False
+        return self.home
 
 
 def soon(seconds: float = 5.0) -> float:
@@ -504,10 +522,10 @@ async def test_a_start_that_hangs_holds_up_no_other(start: Start, monkeypatch) -
     lane, hole = FakeLane(), asyncio.Event()
 
     class Launcher(FakeLauncher):
-        async def launch(self, index: int) -> FakeLane:
+        async def launch(self, index: int, *, home: bool = False) -> FakeLane:
             if index == 0:
                 await hole.wait()
-            return await super().launch(index)
+            return await super().launch(index, home=home)
 
     kmi = QueuedKmi(
         "hsm", "pkcs11", Launcher(lane), KmiMetrics(Metrics(), "hsm"),
@@ -631,3 +649,122 @@ async def test_inline_kmi() -> None:
     }
     assert counted == {"ok": 1, "deadline_exceeded": 1, "key_not_found": 1}
     await kmi.close()
+
+
+# ---- lanes at another endpoint than their own ------------------------------------------------
+
+
+@pytest.fixture
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lanes are tried at home without much waiting."""
+    monkeypatch.setattr("xkiproxy.kmi.dispatcher._HOME_SECONDS", 0.02)
+    monkeypatch.setattr("xkiproxy.kmi.dispatcher._DRAIN_SECONDS", 0.2)
+
+
+@pytest.mark.usefixtures("often")
+async def test_a_lane_comes_home_and_nothing_is_lost(start: Start) -> None:
+    away, home = FakeLane(), FakeLane()
+    kmi = await start(away)
+    away.open.clear()
+    first = asyncio.create_task(submit(kmi, 1))
+    await until(lambda: away.batches == [1])
+    kmi.launcher.away, kmi.launcher.home = True, home
+    await until(lambda: not kmi.launcher.away)
+    assert await submit(kmi, 2) == RandomBytes(bytes(2))
+    assert (home.batches, away.batches) == ([1], [1])
+    assert not away.closed, "it ends what it has first"
+    away.open.set()
+    assert await first == RandomBytes(bytes(1))
+    await until(lambda: away.closed)
+    assert home.batches == [1]
+    await asyncio.sleep(0.1)
+    assert kmi.state is KmiState.CONNECTED
+    assert kmi.lanes == [LaneState.IDLE]
+    assert kmi.launcher.home_launches == 1
+    assert kmi.launcher.launches == 1
+    assert not any(sample(kmi, "xkiproxy_kmi_lane_restarts_total", reason=r) for r in BreakReason)
+
+
+@pytest.mark.usefixtures("often")
+async def test_what_the_lane_before_does_not_end_runs_again(start: Start) -> None:
+    away, home = FakeLane(), FakeLane()
+    kmi = await start(away)
+    away.open.clear()
+    away.breaks = True  # as a lane does that is closed with a batch in work
+    first = asyncio.create_task(submit(kmi, 1))
+    await until(lambda: away.batches == [1])
+    kmi.launcher.away, kmi.launcher.home = True, home
+    await until(lambda: away.closed)
+    away.open.set()
+    assert await first == RandomBytes(bytes(1))
+    assert home.batches == [1]
+
+
+@pytest.mark.usefixtures("often")
+async def test_the_lane_at_home_is_the_one_that_is_watched(start: Start) -> None:
+    away, home, third = FakeLane(), FakeLane(), FakeLane()
+    kmi = await start(away, spare=[third])
+    kmi.launcher.away, kmi.launcher.home = True, home
+    await until(lambda: away.closed)
+    home.die()
+    await until(lambda: kmi.lanes == [LaneState.IDLE] and kmi.launcher.launches == 2)
+    assert await submit(kmi, 1) == RandomBytes(bytes(1))
+    assert third.batches == [1]
+    assert home.closed
+    assert sample(kmi, "xkiproxy_kmi_lane_restarts_total", reason="device") == 1
+
+
+@pytest.mark.usefixtures("often")
+async def test_while_home_is_away_the_lane_stays_and_is_tried_again(start: Start) -> None:
+    away, home = FakeLane(), FakeLane()
+    kmi = await start(away)
+    kmi.launcher.home = LaneError("still away", BreakReason.START)
+    kmi.launcher.away = True
+    await until(lambda: kmi.launcher.home_launches > 3)
+    assert kmi.state is KmiState.CONNECTED
+    assert kmi.last_error is None
+    assert await submit(kmi, 1) == RandomBytes(bytes(1))
+    kmi.launcher.home = home
+    await until(lambda: away.closed)
+    assert await submit(kmi, 1) == RandomBytes(bytes(1))
+    assert home.batches == [1]
+
+
+@pytest.mark.usefixtures("often")
+async def test_a_login_that_is_refused_at_home_is_not_tried_again(start: Start) -> None:
+    away = FakeLane()
+    kmi = await start(away)
+    kmi.launcher.home = LaneError("the PIN is wrong", BreakReason.LOGIN)
+    kmi.launcher.away = True
+    await until(lambda: kmi.launcher.home_launches > 0)
+    await asyncio.sleep(0.2)
+    assert kmi.launcher.home_launches == 1
+    assert await submit(kmi, 1) == RandomBytes(bytes(1))
+
+
+@pytest.mark.usefixtures("often")
+async def test_a_start_at_home_that_hangs_holds_up_no_replacement(start: Start) -> None:
+    away, next_ = FakeLane(), FakeLane()
+    kmi = await start(away, spare=[next_])
+    kmi.launcher.away = True
+    await until(lambda: kmi.launcher.home_launches == 1)
+    away.die()
+    await until(lambda: kmi.launcher.launches == 2)
+    assert await submit(kmi, 1) == RandomBytes(bytes(1))
+    assert next_.batches == [1]
+
+
+@pytest.mark.usefixtures("often")
+async def test_a_kmi_that_is_closed_while_a_lane_comes_home_closes_both(start: Start) -> None:
+    away, home = FakeLane(), FakeLane()
+    kmi = await start(away)
+    away.open.clear()
+    first = asyncio.create_task(submit(kmi, 1))
+    await until(lambda: away.batches == [1])
+    kmi.launcher.away, kmi.launcher.home = True, home
+    await until(lambda: not kmi.launcher.away)
+    closing = asyncio.create_task(kmi.close())
+    await until(lambda: away.closed and home.closed)
+    away.open.set()
+    await closing
+    assert await first == RandomBytes(bytes(1))

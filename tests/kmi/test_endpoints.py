@@ -48,6 +48,24 @@ def test_while_all_are_away_one_that_hangs_has_one_lane() -> None:
     assert [failed(endpoints, 0) for _ in range(2)] == [0, 1]
 
 
+def test_a_lane_is_away_until_it_was_started_at_its_home() -> None:
+    endpoints = Endpoints(2)
+    assert not endpoints.is_away(0)
+    assert failed(endpoints, 0) == 0
+    assert started(endpoints, 0) == 1
+    assert endpoints.is_away(0)
+    with suppress(LaneError), endpoints.starting(0, home=True) as chosen:
+        assert chosen == 0
+        raise LaneError("planted", BreakReason.START)
+    assert endpoints.is_away(0)
+    with endpoints.starting(0, home=True) as chosen:
+        assert chosen == 0
+    assert not endpoints.is_away(0)
+    # And it is an endpoint as the others again, for lanes whose home it is not, too.
+    assert started(endpoints, 1) == 1
+    assert started(endpoints, 1) == 0
+
+
 @pytest.mark.parametrize(
     ("lanes", "workers", "expected"),
     [

@@ -92,12 +92,16 @@ Settle = Callable[[int, Result | OperationError], None]
 class Launcher(Protocol):
     """Starts the lanes of a KMI."""
 
-    async def launch(self, index: int) -> Lane:
-        """Start the lane of this index (0 and up); raises LaneError.
+    async def launch(self, index: int, *, home: bool = False) -> Lane:
+        """Start the lane of this index (0 and up), and see that it works; raises LaneError.
 
         Several lanes may be started at the same time. `BreakReason.LOGIN` ends it: no lane is
-        started again after that.
+        started again after that. `home`: only at the endpoint (token, address) that is its own.
         """
+        ...
+
+    def is_away(self, index: int) -> bool:
+        """Whether this lane was last started at another endpoint than its own."""
         ...
 
 

@@ -5,8 +5,8 @@ up to `max_batch`: nothing is delayed to fill a batch; batches grow by themselve
 busy. An operation whose deadline has passed is dropped before it costs the KMI anything. A full
 queue refuses at once. When a lane breaks, what it was given runs again elsewhere, once and alone:
 encrypt and decrypt can be repeated safely. Each lane has a supervisor that replaces it, with
-growing pauses. While no lane is there and none can be started, the breaker is open: requests are
-refused at once.
+growing pauses, and brings it home from another endpoint once its own is back. While no lane is
+there and none can be started, the breaker is open: requests are refused at once.
 
 `InlineKmi` is the same interface for a KMI whose operations cost less than a queue.
 """
@@ -50,6 +50,12 @@ _LAST_PAUSE_SECONDS = 2.0
 
 _STEADY_SECONDS = 1.0
 """A lane that ran so long was well: its next start is not delayed."""
+
+_HOME_SECONDS = 30.0
+"""So often a lane that is at another endpoint is tried at its own."""
+
+_DRAIN_SECONDS = 1.0
+"""A lane that is replaced by one at home has so long to end its batch."""
 
 _PATIENCE_SECONDS = 5.0
 """So long the first check waits for the other lanes once one is there."""
@@ -545,8 +551,7 @@ class QueuedKmi:
                 try:
                     broken = await self._serve(index, lane)
                 finally:
-                    self._remove(index, lane)
-                    await self._close(index, lane)
+                    await self._close(index, self._remove(index))
                 _log.warning("KMI %s: lane %d broke: %s", self.name, index, broken.message)
                 self._metrics.restarted(broken.reason)
                 if time.monotonic() - began > _STEADY_SECONDS:
@@ -563,10 +568,10 @@ class QueuedKmi:
         except Exception:
             _log.exception("KMI %s: lane %d cannot be closed", self.name, index)
 
-    async def _start(self, index: int) -> Lane:
+    async def _start(self, index: int, *, home: bool = False) -> Lane:
         """All at the same time: what must wait for another does so in the launcher."""
         try:
-            return await self._launcher.launch(index)
+            return await self._launcher.launch(index, home=home)
         except LaneError:
             raise
         except Exception as error:
@@ -575,25 +580,81 @@ class QueuedKmi:
             raise LaneError(type(error).__name__, BreakReason.START) from None
 
     async def _serve(self, index: int, lane: Lane) -> LaneError:
-        self._lanes[index] = lane
+        self._take_in(index, lane)
         self._failures[index] = ""
         # Why others are still away, rather than why this one was.
         self.error = next(filter(None, self._failures), self.error)
-        self._loads[lane] = _Load()
-        self._idle.append(lane)
         self._breaker_open = False
         self._become()
         self._note_first(index)
-        self._schedule_pump()
-        broken = await lane.wait_broken()
+        broken = await self._until_broken(index)
         self._note(broken)
         return broken
 
-    def _remove(self, index: int, lane: Lane) -> None:
+    def _take_in(self, index: int, lane: Lane) -> None:
+        self._lanes[index] = lane
+        self._loads[lane] = _Load()
+        self._idle.append(lane)
+        self._schedule_pump()
+
+    async def _until_broken(self, index: int) -> LaneError:
+        """Why the lane of this index broke, whichever it was by then."""
+        home = self._loop.create_task(self._bring_home(index))
+        try:
+            while True:
+                lane = self._lanes[index]
+                assert lane is not None  # noqa: S101 - only the caller takes it away
+                broken = await lane.wait_broken()
+                if self._lanes[index] is lane:
+                    return broken
+        finally:
+            home.cancel()
+            await asyncio.gather(home, return_exceptions=True)
+
+    async def _bring_home(self, index: int) -> None:
+        """Replace a lane that is at another endpoint by one at its own, as soon as that is back.
+
+        The new one works before the old one ends.
+        """
+        while True:
+            await asyncio.sleep(_HOME_SECONDS)
+            if not self._launcher.is_away(index):
+                continue
+            try:
+                lane = await self._start(index, home=True)
+            except LaneError as error:
+                if error.reason is BreakReason.LOGIN:
+                    return  # as anywhere: trying again could lock it
+                continue
+            _log.info("KMI %s: lane %d is back at its own endpoint", self.name, index)
+            await self._exchange(index, lane)
+
+    async def _exchange(self, index: int, lane: Lane) -> None:
+        """Let a lane take the place of another, which ends its batch first if it can."""
+        old, load = self._withdraw(index)
+        self._take_in(index, lane)
+        try:
+            async with asyncio.timeout(_DRAIN_SECONDS):
+                # To be told of it would cost every operation something.
+                while load.unsettled:  # noqa: ASYNC110
+                    await asyncio.sleep(_DRAIN_SECONDS / 50)
+        except TimeoutError:
+            pass  # what it has not settled runs again elsewhere
+        finally:
+            await self._close(index, old)
+
+    def _withdraw(self, index: int) -> tuple[Lane, _Load]:
+        """Take away the lane of an index, so that it is given nothing more."""
+        lane = self._lanes[index]
+        assert lane is not None  # noqa: S101 - only its supervisor takes it away, once
         self._lanes[index] = None
-        self._loads.pop(lane, None)
         self._retire(lane)
+        return lane, self._loads.pop(lane)
+
+    def _remove(self, index: int) -> Lane:
+        lane, _ = self._withdraw(index)
         self._become()
+        return lane
 
     def _start_failed(self, index: int, error: LaneError) -> None:
         if error.message not in self._failures:

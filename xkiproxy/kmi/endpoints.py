@@ -9,7 +9,8 @@ from contextlib import contextmanager
 class Endpoints:
     """Sends each start of a lane to the next endpoint, so that none is left out for good.
 
-    At first lane 0 goes to the first, lane 1 to the second, and so on. One where the last start
+    At first lane 0 goes to the first, lane 1 to the second, and so on: that is a lane's home, to
+    which it can be brought again when its starts have led it elsewhere. One where the last start
     failed is passed over while there are others: a lane that is to replace a broken one must not
     spend its time at an endpoint that is known to be away. While all are away, they are tried
     evenly: one that hangs has one lane, not all.
@@ -18,13 +19,14 @@ class Endpoints:
     def __init__(self, count: int) -> None:
         self._count = count
         self._next: dict[int, int] = {}
+        self._at: dict[int, int] = {}
         self._failed: set[int] = set()
         self._under_way = [0] * count
 
     @contextmanager
-    def starting(self, lane: int) -> Iterator[int]:
-        """While a lane is started: at which endpoint. Both are counted from 0."""
-        endpoint = self._next_for(lane)
+    def starting(self, lane: int, *, home: bool = False) -> Iterator[int]:
+        """While a lane is started: at which endpoint, or at its home. Both are counted from 0."""
+        endpoint = self._home_of(lane) if home else self._next_for(lane)
         self._under_way[endpoint] += 1
         try:
             yield endpoint
@@ -32,9 +34,18 @@ class Endpoints:
             self._failed.add(endpoint)
             raise
         else:
+            self._at[lane] = endpoint
             self._failed.discard(endpoint)
         finally:
             self._under_way[endpoint] -= 1
+
+    def is_away(self, lane: int) -> bool:
+        """Whether it was last started elsewhere than at its home."""
+        home = self._home_of(lane)
+        return self._at.get(lane, home) != home
+
+    def _home_of(self, lane: int) -> int:
+        return lane % self._count
 
     def _next_for(self, lane: int) -> int:
         first = self._next.get(lane, lane)

@@ -447,17 +447,23 @@ async def test_a_module_that_is_none(hsm: Hsm, start_kmi, module: str) -> None:
 # ---- two tokens ------------------------------------------------------------------------------
 
 
-async def test_two_tokens_share_the_lanes_and_one_may_go(hsm: Hsm, start_kmi) -> None:
+async def test_two_tokens_share_the_lanes_and_one_may_go_and_return(
+    hsm: Hsm, start_kmi, monkeypatch
+) -> None:
+    monkeypatch.setattr("xkiproxy.kmi.dispatcher._HOME_SECONDS", 0.2)
     folder = hsm.add_token("t2")
     hsm.plant("key", VALUE)
     hsm.plant("key", VALUE, token="t2")
     hsm.plant("only-in-t2", VALUE, token="t2")
     kmi = await start_kmi(hsm.settings(token=["t1", "t2"], lanes=4, max_batch=1))
     assert sorted(lanes_here()) == [0, 1, 2, 3]
-    ways = [Encrypt("only-in-t2", b"x") for _ in range(40)]
-    outcomes = await asyncio.gather(*(submit(kmi, way) for way in ways), return_exceptions=True)
-    kinds = {type(outcome) for outcome in outcomes}
-    assert kinds == {Encrypted, OperationError}, "the lanes are spread over both"
+
+    async def kinds() -> set[type]:
+        ways = [Encrypt("only-in-t2", b"x") for _ in range(40)]
+        outcomes = await asyncio.gather(*(submit(kmi, way) for way in ways), return_exceptions=True)
+        return {type(outcome) for outcome in outcomes}
+
+    assert await kinds() == {Encrypted, OperationError}, "the lanes are spread over both"
 
     async with loaded(kmi) as load:
         folder.rename(hsm.directory / "away")
@@ -467,9 +473,16 @@ async def test_two_tokens_share_the_lanes_and_one_may_go(hsm: Hsm, start_kmi) ->
         await is_whole(kmi, 4)
         seen = load.answers
         await eventually(lambda: load.answers > seen + 100)
+        assert await kinds() == {OperationError}
+        before = lanes_here()
         (hsm.directory / "away").rename(folder)
-        seen = load.answers
+        seen, broken = load.answers, restarts(kmi)
+        await eventually(lambda: all(lanes_here().get(i, before[i]) != before[i] for i in (1, 3)))
+        await is_whole(kmi, 4)
         await eventually(lambda: load.answers > seen + 100)
+        assert await kinds() == {Encrypted, OperationError}, "they are back at their own tokens"
+        assert restarts(kmi) == broken
+        assert {i: lanes_here()[i] for i in (0, 2)} == {i: before[i] for i in (0, 2)}
     assert load.errors == []
 
 

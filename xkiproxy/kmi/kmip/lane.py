@@ -519,10 +519,14 @@ class KmipLauncher:
         self._keys: list[dict[str, _Known]] = [{} for _ in settings.address]
         self._endpoints = Endpoints(len(settings.address))
 
-    async def launch(self, index: int) -> KmipLane:
+    async def launch(self, index: int, *, home: bool = False) -> KmipLane:
         """See `xkiproxy.kmi.base.Launcher`; with a probe key, it begins with its check."""
-        with self._endpoints.starting(index) as endpoint:
+        with self._endpoints.starting(index, home=home) as endpoint:
             return await self._launch_at(endpoint)
+
+    def is_away(self, index: int) -> bool:
+        """See `xkiproxy.kmi.base.Launcher`."""
+        return self._endpoints.is_away(index)
 
     async def _launch_at(self, endpoint: int) -> KmipLane:
         connection = await connect(self._settings, endpoint)

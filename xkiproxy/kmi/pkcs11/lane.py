@@ -194,10 +194,10 @@ class Pkcs11Launcher:
         self._places = [_Place(token) for token in settings.token]
         self._endpoints = Endpoints(len(self._places))
 
-    async def launch(self, index: int) -> Pkcs11Lane:
+    async def launch(self, index: int, *, home: bool = False) -> Pkcs11Lane:
         """See `xkiproxy.kmi.base.Launcher`; `LOGIN` is raised once every token has refused."""
         try:
-            with self._endpoints.starting(index) as endpoint:
+            with self._endpoints.starting(index, home=home) as endpoint:
                 place = self._places[endpoint]
                 async with place.turn:
                     return await self._log_in(index, place)
@@ -205,6 +205,10 @@ class Pkcs11Launcher:
             if error.reason is BreakReason.LOGIN and any(p.refused is None for p in self._places):
                 raise LaneError(error.message, BreakReason.START) from None  # elsewhere, next
             raise
+
+    def is_away(self, index: int) -> bool:
+        """See `xkiproxy.kmi.base.Launcher`."""
+        return self._endpoints.is_away(index)
 
     async def _log_in(self, index: int, place: _Place) -> Pkcs11Lane:
         if place.refused is not None:
@@ -226,6 +230,7 @@ class Pkcs11Launcher:
         try:
             arguments = open_settings(settings, token, self._pin, title=title, rw=False)
             await lane.open(arguments, settings.start_timeout_seconds)
+            await lane.probe()
         except BaseException as error:
             with contextlib.suppress(Exception):
                 await lane.close()

@@ -303,10 +303,14 @@ class TransitLauncher:
         self._clients = [TransitClient(settings, address) for address in settings.address]
         self._endpoints = Endpoints(len(self._clients))
 
-    async def launch(self, index: int) -> TransitLane:
+    async def launch(self, index: int, *, home: bool = False) -> TransitLane:
         """See `xkiproxy.kmi.base.Launcher`; every lane begins with a check of the server."""
-        with self._endpoints.starting(index) as endpoint:
+        with self._endpoints.starting(index, home=home) as endpoint:
             return await self._open(self._clients[endpoint])
+
+    def is_away(self, index: int) -> bool:
+        """See `xkiproxy.kmi.base.Launcher`."""
+        return self._endpoints.is_away(index)
 
     async def _open(self, client: TransitClient) -> TransitLane:
         seconds = self._settings.start_timeout_seconds
