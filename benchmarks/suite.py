@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -14,6 +15,8 @@ from typing import Any
 
 from benchmarks.load.results import LoadError
 from benchmarks.scenarios import SCENARIOS, Outcome, Pace
+
+_MANY = 12
 
 
 async def run_suite(names: Sequence[str], pace: Pace) -> dict[str, Any]:
@@ -56,19 +59,28 @@ def failures(results: dict[str, Any]) -> dict[str, dict[str, int]]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """A line for each figure: measured (lowest to highest round), wanted, reached or not."""
+    """A line for each figure: measured, how far its rounds went, wanted, reached or not."""
     rows = [("", "measured", "rounds", "target", "")]
     remarks = []
     for entry in results["scenarios"].values():
         for figure in entry["figures"]:
-            low, high = min(figure["rounds"]), max(figure["rounds"])
             reached = {True: "reached", False: "MISSED", None: ""}[figure["met"]]
-            spread = f"{low:.2f} to {high:.2f}" if len(figure["rounds"]) > 1 else ""
+            spread = _spread(figure["rounds"])
             row = (figure["name"], f"{figure['value']:.2f}", spread, figure["wanted"], reached)
             rows.append(row)
             if figure["remark"]:
                 remarks.append(f"{figure['name']}: {figure['remark']}")
     return "\n".join([*_aligned(rows), "", *remarks]).rstrip()
+
+
+def _spread(rounds: Sequence[float]) -> str:
+    """From the lowest to the highest; of many the middle half, since some are always disturbed."""
+    if len(rounds) < 2:
+        return ""
+    if len(rounds) < _MANY:
+        return f"{min(rounds):.2f} to {max(rounds):.2f}"
+    low, _, high = statistics.quantiles(rounds, n=4)
+    return f"{low:.2f} to {high:.2f} (half of {len(rounds)})"
 
 
 def compare(one: dict[str, Any], other: dict[str, Any]) -> str:

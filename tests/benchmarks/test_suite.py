@@ -115,3 +115,11 @@ def test_a_short_run(tmp_path: Path) -> None:
     assert min(ratios) > 0
     assert len(figures) == 3
     assert set(read["scenarios"]) < set(SCENARIOS)
+
+
+def test_of_many_rounds_the_middle_half_is_shown() -> None:
+    few, many = Figure("few", [1.0, 2.0, 9.0]), Figure("many", [0.1, *[1.0] * 9, 2.0, 9.0])
+    entry = {"figures": [few.to_json(), many.to_json()]}
+    said = suite.table({"scenarios": {"one": entry}})
+    assert "1.00 to 9.00" in said
+    assert "1.00 to 1.00 (half of 12)" in said
