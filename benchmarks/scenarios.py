@@ -48,7 +48,7 @@ class Pace:
 
 
 FULL = Pace(4.0, 5, 1_000_000, turn_seconds=0.5, turns=31)
-QUICK = Pace(0.5, 1, 20_000, turn_seconds=0.25, turns=5)
+QUICK = Pace(0.5, 1, 20_000, turn_seconds=0.25, turns=3)
 
 
 @dataclass
@@ -294,7 +294,8 @@ async def memory(pace: Pace) -> Outcome:
             first = outcome.count(await _load(proxy, workload, 0.5, warm_up=0.15))  # ten thousand
             before = sum(proxy.rss_bytes().values())
             seconds = pace.memory_requests / (first.rate or 1)
-            rest = outcome.count(await _load(proxy, workload, seconds, ahead=300_000))
+            ahead = min(300_000, pace.memory_requests)
+            rest = outcome.count(await _load(proxy, workload, seconds, ahead=ahead))
             sizes[protocol] = [(first.total, before), (rest.total, sum(proxy.rss_bytes().values()))]
             _say(
                 f"{protocol}: {before >> 20} MB, after {rest.total:,} {sizes[protocol][1][1] >> 20}"
