@@ -26,7 +26,8 @@ from xkiproxy.config.models import Pkcs11Settings
 from xkiproxy.crypto.algorithms import KeySpec
 from xkiproxy.crypto.operations import Encrypt
 from xkiproxy.kmi.dispatcher import KmiMetrics, QueuedKmi
-from xkiproxy.kmi.pkcs11 import Pkcs11KeyManager, Pkcs11Launcher
+from xkiproxy.kmi.pkcs11.lane import Pkcs11Launcher
+from xkiproxy.kmi.pkcs11.manager import Pkcs11KeyManager
 from xkiproxy.observability.metrics import Metrics
 
 _MODULES = (

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import xkiproxy
@@ -80,3 +82,21 @@ def test_nothing_above_the_protocols_knows_the_name_of_one() -> None:
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             assert not (isinstance(node, ast.Constant) and node.value in {"xki", "xks"}), path
+
+
+def test_a_lane_process_loads_nothing_of_the_server() -> None:
+    """There may be many, each is to start fast, and somebody else's module runs in them."""
+    loaded = "import sys, xkiproxy.kmi.pkcs11.program; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", loaded], capture_output=True, text=True, check=True
+    )
+    heavy = {
+        "aiohttp",
+        "asyncio",
+        "cryptography",
+        "gmssl",
+        "pydantic",
+        "sqlite3",
+        "xkiproxy.config",
+    }
+    assert heavy.isdisjoint(done.stdout.split())

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum, auto
+from typing import TYPE_CHECKING
 
 from xkiproxy.crypto.algorithms import (
     BLOCK_SIZE,
@@ -22,7 +23,9 @@ from xkiproxy.crypto.algorithms import (
     Usage,
 )
 from xkiproxy.crypto.record import record
-from xkiproxy.crypto.wrapping import Wrapping
+
+if TYPE_CHECKING:  # it loads three libraries, which a lane process has no use for
+    from xkiproxy.crypto.wrapping import Wrapping
 
 
 class CiphertextFormat(Enum):

@@ -26,7 +26,7 @@ def open_key_manager(settings: KmiSettings) -> KeyManager:
 
         return open_keyring(settings)
     if isinstance(settings, Pkcs11Settings):
-        from xkiproxy.kmi.pkcs11 import Pkcs11KeyManager
+        from xkiproxy.kmi.pkcs11.manager import Pkcs11KeyManager
 
         return Pkcs11KeyManager(settings)
     if isinstance(settings, KmipSettings):
@@ -55,7 +55,7 @@ def open_kmi(settings: KmiSettings, metrics: Metrics) -> Kmi:
         lane = SoftwareLane(open_keyring(settings))
         return InlineKmi(settings.name, settings.type, lane, bound)
     if isinstance(settings, Pkcs11Settings):
-        from xkiproxy.kmi.pkcs11 import Pkcs11Launcher
+        from xkiproxy.kmi.pkcs11.lane import Pkcs11Launcher
 
         return _queued(settings, Pkcs11Launcher(settings, settings.pin.read()), bound)
     if isinstance(settings, KmipSettings):

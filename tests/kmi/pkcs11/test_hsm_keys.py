@@ -24,7 +24,7 @@ from xkiproxy.crypto.operations import (
 )
 from xkiproxy.kmi.base import KeyInfo, KeyManagerError
 from xkiproxy.kmi.dispatcher import QueuedKmi
-from xkiproxy.kmi.pkcs11 import Pkcs11KeyManager
+from xkiproxy.kmi.pkcs11.manager import Pkcs11KeyManager
 
 VALUE = os.urandom(32)
 

@@ -1,6 +1,5 @@
-"""KMIs behind a PKCS#11 module: lanes are processes, batches are frames (docs/architecture.md)."""
+"""KMIs behind a PKCS#11 module: lanes are processes, batches are frames (docs/architecture.md).
 
-from xkiproxy.kmi.pkcs11.lane import Pkcs11Launcher
-from xkiproxy.kmi.pkcs11.manager import Pkcs11KeyManager
-
-__all__ = ["Pkcs11KeyManager", "Pkcs11Launcher"]
+Nothing is imported here: a lane process, of which there may be many, needs none of the server's
+side.
+"""
