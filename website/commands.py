@@ -18,7 +18,7 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 import typer
 
 from website.markdown import Undocumented, table
-from xkiproxy.cli.app import app
+from xkiproxy.cli import app
 
 INTRODUCTION = """\
 # Commands
@@ -54,7 +54,7 @@ def page() -> str:
 
 def commands() -> Iterator[Command]:
     """All commands, each group before what is in it, in the order of `--help`."""
-    yield from _below(typer.main.get_command(app), "xkiproxy")
+    yield from _below(typer.main.get_command(app.make_app(*app.COMMANDS)), "xkiproxy")
 
 
 def _below(group: Any, name: str) -> Iterator[Command]:

@@ -152,7 +152,7 @@ def told(*, help_text: str | None, docstring: str) -> typer.Typer:
 
 def test_a_command_with_all_its_words(monkeypatch: pytest.MonkeyPatch) -> None:
     app = told(help_text="How much.", docstring="Cut it.\n\nExample: xkiproxy cut --size 2")
-    monkeypatch.setattr(commands, "app", app)
+    monkeypatch.setattr(commands.app, "make_app", lambda *_: app)
     assert "| `--size` | integer | `1` | How much. |" in commands.page()
 
 
@@ -167,7 +167,8 @@ def test_a_command_with_all_its_words(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_command_without_its_words_is_refused(
     monkeypatch: pytest.MonkeyPatch, help_text: str | None, docstring: str, missing: str
 ) -> None:
-    monkeypatch.setattr(commands, "app", told(help_text=help_text, docstring=docstring))
+    app = told(help_text=help_text, docstring=docstring)
+    monkeypatch.setattr(commands.app, "make_app", lambda *_: app)
     with pytest.raises(Undocumented, match=missing):
         commands.page()
 

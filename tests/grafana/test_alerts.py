@@ -12,7 +12,7 @@ import typer
 import yaml
 from boards import BOARDS, ROOT, RULES, panels, rules, without_thresholds
 
-from xkiproxy.cli.app import app
+from xkiproxy.cli.app import COMMANDS, make_app
 
 TESTS = sorted((ROOT / "grafana" / "rules" / "tests").glob("*.yml"))
 RUNBOOK = ROOT / "docs" / "runbook.md"
@@ -81,7 +81,7 @@ def test_the_commands_that_the_runbook_names_are_there() -> None:
     used = re.findall(r"xkiproxy ((?:[a-z][a-z-]+ ?)+)([^`\n]*)[`\n]", _code(RUNBOOK.read_text()))
     assert len(used) > 20
     for words, rest in used:
-        command: Any = typer.main.get_command(app)
+        command: Any = typer.main.get_command(make_app(*COMMANDS))
         for word in words.split():
             if not hasattr(command, "commands"):
                 break  # an argument

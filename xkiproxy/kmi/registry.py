@@ -7,6 +7,8 @@ All of it takes 0.15 seconds, for which every command would wait.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from xkiproxy.config.models import (
     KmipSettings,
     KmiSettings,
@@ -15,8 +17,10 @@ from xkiproxy.config.models import (
     TransitSettings,
 )
 from xkiproxy.kmi.base import KeyManager, KeyManagerError, Launcher
-from xkiproxy.kmi.dispatcher import InlineKmi, Kmi, KmiMetrics, QueuedKmi
-from xkiproxy.observability.metrics import Metrics
+
+if TYPE_CHECKING:
+    from xkiproxy.kmi.dispatcher import Kmi, KmiMetrics, QueuedKmi
+    from xkiproxy.observability.metrics import Metrics
 
 
 def open_key_manager(settings: KmiSettings) -> KeyManager:
@@ -48,6 +52,8 @@ def open_kmi(settings: KmiSettings, metrics: Metrics) -> Kmi:
         SecretError: a secret for it cannot be had.
         OperationError: its keys cannot be read.
     """
+    from xkiproxy.kmi.dispatcher import InlineKmi, KmiMetrics
+
     bound = KmiMetrics(metrics, settings.name)
     if isinstance(settings, SoftwareSettings):
         from xkiproxy.kmi.software import SoftwareLane, open_keyring
@@ -74,6 +80,8 @@ def _queued(
     launcher: Launcher,
     metrics: KmiMetrics,
 ) -> QueuedKmi:
+    from xkiproxy.kmi.dispatcher import QueuedKmi
+
     return QueuedKmi(
         settings.name,
         settings.type,
