@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import time
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_end_to_end import Installation
+from test_end_to_end import Installation, wait_for
 
 from xkiproxy.config import load_config
 from xkiproxy.crypto.operations import KeyState
 from xkiproxy.keystores.sqlite_catalog import SqliteCatalog
+from xkiproxy.kmi.registry import open_key_manager
 from xkiproxy.server.runtime import Runtime
 
 DAY = 86_400
@@ -89,3 +92,35 @@ def test_what_is_meant_is_destroyed_a_day_later(
     assert "destroyed as scheduled" in caplog.text
     assert names(made) == []
     server.close()
+
+
+@pytest.mark.parametrize(("days", "is_named"), [(-1, True), (6, True), (8, False)])
+def test_check_names_what_will_be_destroyed_and_does_not_fail(
+    made: Installation, days: int, is_named: bool
+) -> None:
+    put_back(made, time.time() + days * DAY)
+    for options in ([], ["--json"]):
+        done = made.run("check", *options)
+        assert (KEPT in done.stderr) == is_named
+    assert json.loads(done.stdout) == []
+
+
+def test_a_lost_catalog_is_noticed(made: Installation) -> None:
+    file = made.directory / "catalog.db"
+    lost = f"1 keys at KMI local are not in the catalog {file}: was it lost?"
+    made.start()
+    assert made.stop() == 0
+    assert "was it lost?" not in made.run("check").stderr + made.output.read_text()
+    (made.directory / "catalog.db").unlink()
+    assert lost in made.run("check").stderr
+    made.start()
+    wait_for(lambda: lost in json.dumps(made.output.read_text()))
+    assert made.stop() == 0
+
+
+def test_an_empty_key_manager_has_lost_nothing(made: Installation) -> None:
+    config = load_config(made.config)
+    with closing(open_key_manager(config.kmi[0])) as manager:
+        manager.destroy("demo-key")
+    (made.directory / "catalog.db").unlink()
+    assert "was it lost?" not in made.run("check").stderr

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from pathlib import Path
 
 from xkiproxy.crypto.algorithms import KeySpec, Usage
 from xkiproxy.crypto.operations import KeyState
@@ -94,6 +95,23 @@ def list_keys(catalog: Catalog, manager: KeyManager, kmi: str) -> list[ManagedKe
     entries = {entry.key_id: entry for entry in catalog.entries() if entry.kmi == kmi}
     names = sorted(infos.keys() | entries.keys())
     return [_managed(kmi, infos.get(name), entries.get(name)) for name in names]
+
+
+def lost_entries(catalog: Catalog, manager: KeyManager, kmi: str, file: Path) -> str:
+    """What to say if a KMI has keys and the catalog none of them, else nothing.
+
+    So it is where the catalog was lost: a new one is empty, and refuses everything. The KMI is only
+    asked if the catalog has nothing of it. Raises KeyManagerError.
+    """
+    if any(entry.kmi == kmi for entry in catalog.entries()):
+        return ""
+    count = len(manager.list())
+    if count == 0:
+        return ""
+    return (
+        f"{count} keys at KMI {kmi} are not in the catalog {file}: was it lost?"
+        f" restore it, or for each key: xkiproxy keys enable KEY --kmi {kmi}"
+    )
 
 
 def show_key(catalog: Catalog, manager: KeyManager, kmi: str, key_id: str) -> ManagedKey:

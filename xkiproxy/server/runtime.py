@@ -8,7 +8,7 @@ import os
 import ssl
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -22,6 +22,7 @@ from xkiproxy.config import Config, ConfigError, Problem
 from xkiproxy.config.models import (
     AuditSettings,
     KeystoreSettings,
+    SoftwareSettings,
     SyslogSettings,
     TracingSettings,
 )
@@ -45,6 +46,7 @@ from xkiproxy.keystores.lifecycle import (
     announcement,
     due_entries,
     is_to_be_destroyed,
+    lost_entries,
     purge_due,
     watch_due,
 )
@@ -273,6 +275,7 @@ class Runtime:
             changes = KeyChanges(self.catalog)
             work.append(_every(_AUDIT_SECONDS, partial(_write_changes, changes, audit)))
             work.append(_every(_PURGE_SECONDS, self._purge))
+            work.append(asyncio.to_thread(_look_for_lost_entries, self.config))
         await asyncio.gather(*work)
 
     async def _refresh(self) -> None:
@@ -543,13 +546,25 @@ async def _write_changes(changes: KeyChanges, audit: Sink) -> None:
             changes.forget()
 
 
+def _look_for_lost_entries(config: Config) -> None:
+    """Say if the catalog has none of the keys of a keyring; other KMIs are not asked at a start."""
+    try:
+        with closing(SqliteCatalog(config.catalog.path)) as catalog:
+            for kmi in config.kmi:
+                if isinstance(kmi, SoftwareSettings):
+                    with closing(open_key_manager(kmi)) as manager:
+                        lost = lost_entries(catalog, manager, kmi.name, config.catalog.path)
+                    if lost:
+                        _log.warning("%s", lost)
+    except (CatalogError, KeyManagerError, SecretError) as error:
+        # For people only: what serves has met the same, and says so.
+        _log.warning("whether the catalog was lost is not known: %s", error)
+
+
 def _watch_due(config: Config, now: float) -> list[CatalogEntry]:
     """In a thread, with a connection of its own: it waits for the disk."""
-    catalog = SqliteCatalog(config.catalog.path)
-    try:
+    with closing(SqliteCatalog(config.catalog.path)) as catalog:
         return watch_due(catalog, now)
-    finally:
-        catalog.close()
 
 
 def _purge_due(config: Config, encryptions: Encryptions, kmis: set[str], now: float) -> None:
