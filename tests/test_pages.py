@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 import tomllib
 from pathlib import Path
 
@@ -77,6 +78,37 @@ def test_the_use_in_the_readme_runs_as_it_is_printed(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"^state +PENDING_DELETION$", done.stdout, re.M)
+
+
+def test_a_copy_is_made_and_put_back_as_it_is_printed(tmp_path: Path) -> None:
+    """With the paths of this test, and as the user that runs it."""
+    text = (DOCS / "restore.md").read_text("utf-8")
+    blocks = [textwrap.dedent(block) for block in re.findall(r"```sh\n(.*?)```", text, re.S)]
+    copy, put_back = blocks[0], next(block for block in blocks if "catalog.db-wal" in block)
+    steps = [
+        "umask 022",
+        "xkiproxy init /var/lib/xkiproxy",
+        copy,
+        "xkiproxy keys disable demo-key",
+        "echo left over > /var/lib/xkiproxy/catalog.db-wal",
+        put_back,
+        "xkiproxy check && xkiproxy keys list",
+        "stat -c '%a %n' /var/backups/xkiproxy/*.db",
+    ]
+    script = "\n".join(["set -ex", *steps]).replace("/var/", f"{tmp_path}/var/")
+    script = script.replace("runuser -u xkiproxy -- ", "").replace(" -o xkiproxy -g xkiproxy", "")
+    (tmp_path / "var" / "lib").mkdir(parents=True)
+    config = tmp_path / "var" / "lib" / "xkiproxy" / "xkiproxy.toml"
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False,
+        env={"HOME": str(tmp_path), "PATH": path, "XKIPROXY_CONFIG": str(config)}, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^demo-key .* ENABLED ", done.stdout, re.M)
+    assert re.findall(r"^(\d+) \S+/(\w+)\.db$", done.stdout, re.M) == [
+        ("600", "catalog"), ("600", "keyring"),
+    ]  # fmt: skip
 
 
 def test_no_page_makes_a_directory_that_the_service_cannot_write() -> None:

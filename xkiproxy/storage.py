@@ -35,7 +35,7 @@ class FileKind:
     error: type[Exception]
     if_missing: str
     """What to do when there is no such file."""
-    upgrades: Mapping[int, str] = field(default_factory=dict)
+    upgrades: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
     """How a file of an older format becomes one of the next: SQL, by the older number."""
 
 
@@ -220,7 +220,8 @@ def _upgrade(connection: sqlite3.Connection, kind: FileKind) -> None:
     try:
         # Asked again under the lock: another process may have done it meanwhile.
         while (version := _format(connection)) != kind.format:
-            connection.execute(kind.upgrades[version])
+            for statement in kind.upgrades[version]:
+                connection.execute(statement)
             connection.execute(f"PRAGMA user_version = {version + 1}")
         connection.execute("COMMIT")
     except BaseException:

@@ -124,6 +124,7 @@ def test_list(keys: Keys) -> None:
         "ENCRYPTIONS",
         "CREATED",
         "USAGE",
+        "DELETION",
         "PROBLEM",
     ]
     assert [line.split()[0] for line in table[1:]] == ["a", "b"]
@@ -175,6 +176,7 @@ def test_delete_and_cancel(keys: Keys) -> None:
     deleted = keys("delete", "k", "--days", "30", "--json").value
     assert list(deleted) == [*_FIELDS, "deletion_time"]
     assert deleted["state"] == "PENDING_DELETION"
+    assert keys("list").out.count(deleted["deletion_time"]) == 1
     for command in ("enable", "disable", "rotate"):
         refused = keys(command, "k")
         assert refused.status == 1
@@ -182,6 +184,9 @@ def test_delete_and_cancel(keys: Keys) -> None:
     kept = keys("delete", "k", "--cancel", "--json").value
     assert list(kept) == _FIELDS
     assert kept["state"] == "DISABLED"
+    assert deleted["deletion_time"] not in keys("list").out
+    for option in (["--days=7"], ["--cancel"]):
+        assert "each has its own catalog" in keys("delete", "k", *option).err
     assert keys("enable", "k", "--json").value["state"] == "ENABLED"
 
 

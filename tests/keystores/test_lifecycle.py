@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,7 +53,15 @@ class Host:
         return lifecycle.cancel_deletion(self.catalog, self.keyring, "local", key_id)
 
     def purge(self, now: float) -> list[CatalogEntry]:
+        """As a server does each minute, at this one."""
+        lifecycle.watch_due(self.catalog, now)
         return lifecycle.purge_due(self.catalog, {"local": self.keyring}, now)
+
+    def watch(self, since: float, seconds: float = DAY) -> float:
+        """A server that runs all the time, but for restarts; returns the time after it."""
+        for step in range(0, int(seconds), 600):
+            assert self.purge(since + step) == []
+        return since + seconds
 
     def close(self) -> None:
         self.catalog.close()
@@ -201,11 +210,69 @@ def test_purge_destroys_what_is_due(host: Host) -> None:
     when = host.show("due").deletion_time
     assert when is not None
     assert host.purge(when - 0.001) == []
-    destroyed = host.purge(when)
+    destroyed = host.purge(host.watch(when))
     assert [entry.key_id for entry in destroyed] == ["due"]
-    assert host.purge(when) == []
+    assert host.purge(when + DAY) == []
     assert [info.key_id for info in host.keyring.list()] == ["kept", "later"]
     assert [entry.key_id for entry in host.catalog.entries()] == ["kept", "later"]
+
+
+def due(host: Host) -> float:
+    """A key whose date has come, and that date."""
+    host.create("k")
+    when = host.delete("k").deletion_time
+    assert when is not None
+    return when
+
+
+def test_a_date_that_has_passed_destroys_nothing_for_a_day(host: Host) -> None:
+    """As of a catalog that was put back: its deletion may have been cancelled since."""
+    later = due(host) + 300 * DAY
+    assert host.purge(later) == []
+    (entry,) = host.catalog.entries()
+    assert lifecycle.destruction_time(entry) == later + DAY
+    after = host.watch(later)
+    assert host.purge(after - 1) == []
+    host.cancel("k")
+    assert host.purge(after) == []
+    (entry,) = host.catalog.entries()
+    assert (entry.state, entry.watched_since, entry.watched_until) == (
+        KeyState.DISABLED, None, None,
+    )  # fmt: skip
+    assert host.keyring.get("k") is not None
+
+
+def test_a_key_that_is_deleted_again_has_its_day_again(host: Host) -> None:
+    after = host.watch(due(host))
+    host.cancel("k")
+    host.delete("k")
+    assert host.purge(after) == []
+
+
+@pytest.mark.parametrize("pause", [601, 7 * DAY, -1, -2 * DAY], ids=str)
+def test_the_day_begins_anew_where_nobody_has_looked(host: Host, pause: float) -> None:
+    """A copy from within the day that is put back, a host that slept, a clock that jumps."""
+    when = due(host) + 3 * DAY
+    until = host.watch(when, DAY - 600) - 600
+    resumed = until + pause
+    assert host.purge(resumed) == []
+    after = host.watch(resumed)
+    assert [entry.key_id for entry in host.purge(after)] == ["k"]
+
+
+def test_a_restart_does_not_put_the_day_off(hosts: tuple[Host, Host]) -> None:
+    one, two = hosts
+    half = one.watch(due(one), DAY / 2)
+    after = two.watch(half, DAY / 2)
+    assert [entry.key_id for entry in two.purge(after)] == ["k"]
+
+
+def test_nothing_is_destroyed_that_nobody_has_watched(host: Host) -> None:
+    when = due(host)
+    assert lifecycle.purge_due(host.catalog, {"local": host.keyring}, when + 9 * DAY) == []
+    after = host.watch(when)
+    assert lifecycle.purge_due(host.catalog, {"local": host.keyring}, after + DAY) == []
+    assert host.keyring.get("k") is not None
 
 
 def test_purge_obeys_a_cancellation_it_has_not_seen(hosts: tuple[Host, Host]) -> None:
@@ -217,6 +284,8 @@ def test_purge_obeys_a_cancellation_it_has_not_seen(hosts: tuple[Host, Host]) ->
     (stale,) = two.catalog.entries()
     assert stale.state is KeyState.PENDING_DELETION
     later = time.time() + 8 * DAY
+    stale = replace(stale, watched_since=later - DAY, watched_until=later)
+    assert lifecycle.is_to_be_destroyed(stale, later)
     assert not lifecycle._purge(two.catalog, {"local": two.keyring}, stale, later)
     assert two.keyring.get("k") is not None
     assert one.show("k").state == "DISABLED"
@@ -226,7 +295,7 @@ def test_purge_finishes_what_was_interrupted(host: Host) -> None:
     host.create("k")
     host.delete("k")
     host.keyring.destroy("k")
-    assert [entry.key_id for entry in host.purge(time.time() + 8 * DAY)] == ["k"]
+    assert [entry.key_id for entry in host.purge(host.watch(time.time() + 8 * DAY))] == ["k"]
     assert host.catalog.entries() == []
 
 
@@ -238,11 +307,12 @@ def test_purge_leaves_what_it_cannot_destroy(host: Host) -> None:
     )
     with host.keyring._database.reading() as connection:
         connection.execute("PRAGMA query_only = ON")  # a KMI that refuses
-    assert host.purge(time.time() + 8 * DAY) == []
+    later = host.watch(time.time() + 8 * DAY)
+    assert host.purge(later) == []
     assert len(host.catalog.entries()) == 2
     with host.keyring._database.reading() as connection:
         connection.execute("PRAGMA query_only = OFF")
-    assert [entry.kmi for entry in host.purge(time.time() + 8 * DAY)] == ["local"]
+    assert [entry.kmi for entry in host.purge(later)] == ["local"]
     assert [entry.kmi for entry in host.catalog.entries()] == ["away"]
 
 
@@ -250,12 +320,13 @@ def test_two_purges_at_once(hosts: tuple[Host, Host]) -> None:
     for number in range(20):
         hosts[0].create(f"k{number}")
         hosts[0].delete(f"k{number}")
+    later = hosts[0].watch(time.time() + 8 * DAY)
     start = threading.Barrier(2)
     destroyed: list[CatalogEntry] = []
 
     def purge(host: Host) -> None:
         start.wait()
-        destroyed.extend(host.purge(time.time() + 8 * DAY))
+        destroyed.extend(host.purge(later))
 
     threads = [threading.Thread(target=purge, args=(host,)) for host in hosts]
     for thread in threads:

@@ -186,6 +186,8 @@ def test_a_failed_block_changes_nothing(catalog: SqliteCatalog) -> None:
         "UPDATE entries SET usage = 4",
         "UPDATE entries SET created = 'today'",
         "UPDATE entries SET deletion_time = 5.0",
+        "UPDATE entries SET watched_since = 'today'",
+        "UPDATE entries SET watched_until = 'today'",
     ],
 )
 def test_no_one_can_write_nonsense(change: str, catalog: SqliteCatalog, path: Path) -> None:
@@ -241,7 +243,7 @@ def test_what_is_no_catalog(path: Path) -> None:
 def test_a_newer_format(path: Path) -> None:
     SqliteCatalog(path).close()
     with closing(sqlite3.connect(path)) as connection:
-        connection.execute("PRAGMA user_version = 3")
+        connection.execute("PRAGMA user_version = 4")
     with pytest.raises(CatalogError, match="newer xkiproxy"):
         SqliteCatalog(path)
 
@@ -275,6 +277,12 @@ def test_labels_are_kept(catalog: SqliteCatalog, path: Path) -> None:
     labelled = replace(ENTRY, labels=(("environment", "production"), ("team", "pay roll")))
     catalog.put(labelled)
     assert SqliteCatalog(path).get("local", "k") == labelled
+
+
+def test_since_when_a_key_is_watched_is_kept(catalog: SqliteCatalog, path: Path) -> None:
+    watched = replace(DUE, watched_since=3000.5, watched_until=3060)
+    catalog.put(watched)
+    assert SqliteCatalog(path).get("hsm", "gone") == watched
 
 
 @pytest.mark.parametrize("labels", ["{", "[]", "3"])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -73,4 +75,14 @@ def test_what_could_not_be_written_is_written_later(tmp_path: Path) -> None:
     assert [record["after"] for record in noted.records()] == [first["after"], None]
     noted.forget()
     assert list(noted.records()) == []
+    due = CatalogEntry("local", "due", KeyState.PENDING_DELETION, Usage.BOTH, 0.0, 1.0)
+    for entry in (due, replace(due, watched_since=2.0, watched_until=2.0)):
+        beside.put(entry)
+        catalog.refresh()
+        (record,) = noted.records()
+        noted.forget()
+    assert record["after"]["destruction_time"] == datetime.fromtimestamp(2.0 + 86_400, UTC)
+    beside.put(replace(due, watched_since=2.0, watched_until=62.0))
+    catalog.refresh()
+    assert list(noted.records()) == []  # it goes on being watched, which is no news
     json.dumps(first["after"])

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from xkiproxy.cli.common import DEFAULT_CONFIG, ConfigOption, JsonOption, out, print_json
+from xkiproxy.cli.common import DEFAULT_CONFIG, ConfigOption, JsonOption, err, out, print_json
 from xkiproxy.config import Config, ConfigError, Problem, load_config
+from xkiproxy.config.secrets import SecretError
 from xkiproxy.observability.logging import utf8
 
 if TYPE_CHECKING:
     from xkiproxy.server.runtime import Runtime
+
+_SOON_SECONDS = 7 * 86_400
 
 
 def check(config: ConfigOption = DEFAULT_CONFIG, as_json: JsonOption = False) -> None:
@@ -20,6 +25,8 @@ def check(config: ConfigOption = DEFAULT_CONFIG, as_json: JsonOption = False) ->
 
     It opens files, keys and key managers as `serve` would, and looks whether the key managers of a
     key store decrypt what the others encrypt. It changes nothing and may run beside a server.
+    Remarks, which are no mistakes, tell of keys that will be destroyed within a week and of a
+    catalog that has none of a key manager's keys.
 
     Example: xkiproxy check --config /etc/xkiproxy/xkiproxy.toml
     """
@@ -62,6 +69,8 @@ async def _open_all(settings: Config) -> None:
         for i, why in await unreachable(settings.audit):
             problems.append(Problem(f"audit.sink[{i}]", why))
         problems += await asyncio.to_thread(_reach_collector, settings)
+        for remark in await asyncio.to_thread(_remarks, runtime):
+            err.print(f"remark: {remark}", markup=False)
     finally:
         await runtime.close()
     if problems:
@@ -85,6 +94,32 @@ async def _kmi_problems(runtime: Runtime) -> list[str]:
             if not (disconnected and text == kmi.error)
         ]
     return problems
+
+
+def _remarks(runtime: Runtime) -> list[str]:
+    """What is no mistake, and what one would rather know before it is too late."""
+    from xkiproxy.keystores import lifecycle  # noqa: PLC0415
+
+    now = time.time()
+    soon = lifecycle.due_entries(runtime.catalog, now + _SOON_SECONDS)
+    return [lifecycle.announcement(entry, now) for entry in soon] + _lost_entries(runtime)
+
+
+def _lost_entries(runtime: Runtime) -> list[str]:
+    from xkiproxy.keystores.lifecycle import lost_entries  # noqa: PLC0415
+    from xkiproxy.kmi.base import KeyManagerError, KmiState  # noqa: PLC0415
+    from xkiproxy.kmi.registry import open_key_manager  # noqa: PLC0415
+
+    found = []
+    for kmi in runtime.config.kmi:
+        # One that is away has a problem already; a PIN that was refused is not tried again.
+        if runtime.kmis[kmi.name].state is not KmiState.CONNECTED:
+            continue
+        # What serves may lack the right to list keys: then nothing is said.
+        with suppress(KeyManagerError, SecretError), closing(open_key_manager(kmi)) as manager:
+            catalog, path = runtime.catalog, runtime.config.catalog.path
+            found.append(lost_entries(catalog, manager, kmi.name, path))
+    return [text for text in found if text]
 
 
 def _reach_collector(settings: Config) -> list[Problem]:

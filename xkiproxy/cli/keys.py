@@ -151,10 +151,11 @@ def list_(
         print_json(found)
         return
     columns = (
-        "id", "kmi", "spec", "state", "version", "encryptions", "created", "usage", "problem",
+        "id", "kmi", "spec", "state", "version", "encryptions", "created", "usage",
+        "deletion_time", "problem",
     )  # fmt: skip
     rows = [["" if fields.get(c) is None else fields[c] for c in columns] for fields in found]
-    print_table([column.upper() for column in columns], rows)
+    print_table([column.removesuffix("_time").upper() for column in columns], rows)
 
 
 @app.command(epilog="Example: xkiproxy keys show payroll")
@@ -254,7 +255,11 @@ def delete(
     config: ConfigOption = DEFAULT_CONFIG,
     json: JsonOption = False,
 ) -> None:
-    """Stop the use of a key now and destroy it, for good, some days later."""
+    """Stop the use of a key now and destroy it, for good, some days later.
+
+    It is destroyed when a running server has said for a day, in its log, that the date has come.
+    With several proxies delete and cancel on every host: each has its own catalog.
+    """
     if cancel == (days is not None):
         raise typer.BadParameter("give either --days or --cancel")
     with _open(load_config(config), kmi) as at:
@@ -263,6 +268,7 @@ def delete(
         else:
             result = lifecycle.schedule_deletion(at.catalog, at.manager, at.kmi, key, days)
         _print(result, at, json)
+    err.print("on every host, if there are several: each has its own catalog", markup=False)
 
 
 def _labels(texts: list[str] | None) -> dict[str, str]:

@@ -16,7 +16,9 @@ __all__ = ["Catalog", "CatalogEntry", "CatalogError", "KeyState"]
 class CatalogEntry:
     """What the catalog holds of one key; times are seconds since the epoch.
 
-    `deletion_time` is set while the state is PENDING_DELETION: from then on the key is destroyed.
+    `deletion_time` is set while the state is PENDING_DELETION: from then on the key is due. It is
+    destroyed once servers have watched it for long enough, as they have from `watched_since` to
+    `watched_until` (`lifecycle.watch_due`).
     `labels` are names and values that policies can ask for, by name.
     """
 
@@ -27,6 +29,8 @@ class CatalogEntry:
     created: float
     deletion_time: float | None = None
     labels: tuple[tuple[str, str], ...] = ()
+    watched_since: float | None = None
+    watched_until: float | None = None
 
 
 class CatalogError(Exception):

@@ -14,6 +14,8 @@ import logging
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
 
 from xkiproxy.crypto.algorithms import KeySpec, Usage
 from xkiproxy.crypto.operations import KeyState
@@ -25,6 +27,12 @@ UNREGISTERED = "UNREGISTERED"
 
 MIN_DELETION_DAYS = 7
 MAX_DELETION_DAYS = 366
+
+WATCH_SECONDS = 86_400
+"""How long a server says of a key which is due that it will be destroyed, before it is."""
+
+_LONGEST_GAP_SECONDS = 600
+"""How long servers may look away, as for a restart, without that beginning anew."""
 
 _DAY_SECONDS = 86_400
 
@@ -87,6 +95,23 @@ def list_keys(catalog: Catalog, manager: KeyManager, kmi: str) -> list[ManagedKe
     entries = {entry.key_id: entry for entry in catalog.entries() if entry.kmi == kmi}
     names = sorted(infos.keys() | entries.keys())
     return [_managed(kmi, infos.get(name), entries.get(name)) for name in names]
+
+
+def lost_entries(catalog: Catalog, manager: KeyManager, kmi: str, file: Path) -> str:
+    """What to say if a KMI has keys and the catalog none of them, else nothing.
+
+    So it is where the catalog was lost: a new one is empty, and refuses everything. The KMI is only
+    asked if the catalog has nothing of it. Raises KeyManagerError.
+    """
+    if any(entry.kmi == kmi for entry in catalog.entries()):
+        return ""
+    count = len(manager.list())
+    if count == 0:
+        return ""
+    return (
+        f"{count} keys at KMI {kmi} are not in the catalog {file}: was it lost?"
+        f" restore it, or for each key: xkiproxy keys enable KEY --kmi {kmi}"
+    )
 
 
 def show_key(catalog: Catalog, manager: KeyManager, kmi: str, key_id: str) -> ManagedKey:
@@ -210,14 +235,79 @@ def cancel_deletion(catalog: Catalog, manager: KeyManager, kmi: str, key_id: str
         entry = _entry(catalog, manager, kmi, key_id)
         if entry.state is not KeyState.PENDING_DELETION:
             raise KeyManagerError(f"key {key_id}: it does not await deletion, it is {entry.state}")
-        catalog.put(replace(entry, state=KeyState.DISABLED, deletion_time=None))
+        kept = replace(entry, state=KeyState.DISABLED, deletion_time=None)
+        catalog.put(replace(kept, watched_since=None, watched_until=None))
     return _changed(catalog, manager, kmi, key_id)
+
+
+def watch_due(catalog: Catalog, now: float) -> list[CatalogEntry]:
+    """Note that a server has seen which keys are due, and return their entries.
+
+    A date that has passed is not enough to destroy a key for good. The catalog may be an older copy
+    that was put back, in which a deletion awaits that was cancelled since; or the clock may have
+    jumped. So a server must have seen the key due for a day, and looked every minute. After a
+    longer gap than a restart takes, which is also what a copy or a clock that jumps look like, the
+    day begins anew.
+
+    Raises:
+        CatalogError: the catalog cannot be read or written.
+    """
+    with catalog.locked():
+        due = [_watched(entry, now) for entry in due_entries(catalog, now)]
+        for entry in due:
+            catalog.put(entry)
+    return due
+
+
+def _watched(entry: CatalogEntry, now: float) -> CatalogEntry:
+    since = entry.watched_since if _is_watched(entry, now) else now
+    return replace(entry, watched_since=since, watched_until=now)
+
+
+def _is_watched(entry: CatalogEntry, now: float) -> bool:
+    """Whether servers have looked at a key until now."""
+    if entry.watched_since is None or entry.watched_until is None:
+        return False
+    return (
+        entry.watched_since
+        <= entry.watched_until
+        <= now
+        <= (entry.watched_until + _LONGEST_GAP_SECONDS)
+    )
+
+
+def destruction_time(entry: CatalogEntry) -> float | None:
+    """When a key is destroyed, as far as that is known: a day after a server has seen it due."""
+    return None if entry.watched_since is None else entry.watched_since + WATCH_SECONDS
+
+
+def announcement(entry: CatalogEntry, now: float) -> str:
+    """When a key that awaits deletion will be destroyed, and how that is prevented."""
+    when = destruction_time(entry)
+    if when is None:
+        when = max(entry.deletion_time or now, now) + WATCH_SECONDS
+    date = datetime.fromtimestamp(when, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return (
+        f"key {entry.key_id} of KMI {entry.kmi} will be destroyed, for good, after {date};"
+        f" to keep it: xkiproxy keys delete {entry.key_id} --kmi {entry.kmi} --cancel,"
+        " on every host: each has its own catalog"
+    )
+
+
+def is_to_be_destroyed(entry: CatalogEntry | None, now: float) -> bool:
+    """Whether a key is due, and servers have watched it for long enough."""
+    if entry is None or not _is_due(entry, now) or not _is_watched(entry, now):
+        return False
+    when = destruction_time(entry)
+    return when is not None and when <= now
 
 
 def purge_due(
     catalog: Catalog, managers: Mapping[str, KeyManager], now: float
 ) -> list[CatalogEntry]:
     """Destroy the keys whose time has come, and return their entries; `managers` by KMI name.
+
+    Which these are depends on `watch_due`, to be called before.
 
     A key whose KMI fails, or is not in `managers`, is left for the next time. The state is read
     again under the catalog's lock, which also keeps a cancellation, or another process that purges,
@@ -227,12 +317,12 @@ def purge_due(
         CatalogError: the catalog cannot be read or written.
     """
     catalog.refresh()
-    due = due_entries(catalog, now)
+    due = [entry for entry in catalog.entries() if is_to_be_destroyed(entry, now)]
     return [entry for entry in due if _purge(catalog, managers, entry, now)]
 
 
 def due_entries(catalog: Catalog, now: float) -> list[CatalogEntry]:
-    """The keys that are to be destroyed by now, as of the catalog's last refresh."""
+    """The keys whose date of deletion has come by now, as of the catalog's last refresh."""
     return [entry for entry in catalog.entries() if _is_due(entry, now)]
 
 
@@ -243,7 +333,7 @@ def _purge(
     if manager is None:
         return False
     with catalog.locked():
-        if not _is_due(catalog.get(entry.kmi, entry.key_id), now):
+        if not is_to_be_destroyed(catalog.get(entry.kmi, entry.key_id), now):
             return False
         try:
             # It may be gone: destroyed by a process that was stopped before the next line.
@@ -256,10 +346,9 @@ def _purge(
     return True
 
 
-def _is_due(entry: CatalogEntry | None, now: float) -> bool:
+def _is_due(entry: CatalogEntry, now: float) -> bool:
     return (
-        entry is not None
-        and entry.state is KeyState.PENDING_DELETION
+        entry.state is KeyState.PENDING_DELETION
         and entry.deletion_time is not None
         and entry.deletion_time <= now
     )

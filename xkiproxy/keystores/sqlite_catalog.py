@@ -20,7 +20,7 @@ from xkiproxy.storage import Database, FileKind, new_database
 _KIND = FileKind(
     name="catalog",
     application_id=0x584B_4354,  # "XKCT"
-    format=2,
+    format=3,
     schema="""
         CREATE TABLE entries (
             kmi TEXT NOT NULL,
@@ -30,26 +30,47 @@ _KIND = FileKind(
             created REAL NOT NULL CHECK (typeof(created) = 'real'),
             deletion_time REAL CHECK (typeof(deletion_time) IN ('null', 'real')),
             labels TEXT NOT NULL DEFAULT '{}',
+            watched_since REAL CHECK (typeof(watched_since) IN ('null', 'real')),
+            watched_until REAL CHECK (typeof(watched_until) IN ('null', 'real')),
             PRIMARY KEY (kmi, key_id),
             CHECK (state = 'PENDING_DELETION' OR deletion_time IS NULL)
         );
     """,
     error=CatalogError,
     if_missing="restore it from a backup, or start again without: all keys are then unregistered",
-    upgrades={1: "ALTER TABLE entries ADD COLUMN labels TEXT NOT NULL DEFAULT '{}'"},
+    upgrades={
+        1: ("ALTER TABLE entries ADD COLUMN labels TEXT NOT NULL DEFAULT '{}'",),
+        2: (
+            "ALTER TABLE entries ADD COLUMN watched_since REAL",
+            "ALTER TABLE entries ADD COLUMN watched_until REAL",
+        ),
+    },
 )
 
-_COLUMNS = "kmi, key_id, state, usage, created, deletion_time, labels"
+_COLUMNS = "kmi, key_id, state, usage, created, deletion_time, labels, watched_since, watched_until"
 _SELECT = f"SELECT {_COLUMNS} FROM entries ORDER BY 1, 2"  # noqa: S608 - no text of others
-_REPLACE = f"INSERT OR REPLACE INTO entries ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?)"  # noqa: S608
+_REPLACE = f"INSERT OR REPLACE INTO entries ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"  # noqa: S608
 
 
 def _entry(
-    kmi: str, key_id: str, state: str, usage: int, created: float, deletion: float, labels: str
+    kmi: str,
+    key_id: str,
+    state: str,
+    usage: int,
+    created: float,
+    deletion: float | None,
+    labels: str,
+    *watched: float | None,
 ) -> CatalogEntry:
     """An entry of its row; raises AttributeError or ValueError if it is damaged."""
     named = tuple(sorted(json.loads(labels).items()))
-    return CatalogEntry(kmi, key_id, KeyState(state), Usage(usage), created, deletion, named)
+    return CatalogEntry(
+        kmi, key_id, KeyState(state), Usage(usage), created, deletion, named, *watched
+    )
+
+
+def _real(seconds: float | None) -> float | None:
+    return None if seconds is None else float(seconds)
 
 
 class SqliteCatalog:
@@ -87,8 +108,10 @@ class SqliteCatalog:
             entry.state.value,
             entry.usage.value,
             float(entry.created),
-            None if entry.deletion_time is None else float(entry.deletion_time),
+            _real(entry.deletion_time),
             json.dumps(dict(entry.labels)),
+            _real(entry.watched_since),
+            _real(entry.watched_until),
         )
         with self.locked(), self._database.writing() as connection:
             connection.execute(_REPLACE, row)

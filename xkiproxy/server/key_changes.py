@@ -7,11 +7,13 @@ what is different. What changed while no server ran it cannot know.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
 from xkiproxy.crypto.algorithms import Usage
 from xkiproxy.keystores.catalog import Catalog, CatalogEntry
+from xkiproxy.keystores.lifecycle import destruction_time
 
 EVENT = "key_changed"
 
@@ -51,7 +53,9 @@ class KeyChanges:
 
 
 def _keys(catalog: Catalog) -> _Keys:
-    return {(entry.kmi, entry.key_id): entry for entry in catalog.entries()}
+    """What a server writes each time it has looked at a key that is due is no change."""
+    entries = (replace(entry, watched_until=None) for entry in catalog.entries())
+    return {(entry.kmi, entry.key_id): entry for entry in entries}
 
 
 def _described(entry: CatalogEntry | None) -> dict[str, Any] | None:
@@ -66,4 +70,6 @@ def _described(entry: CatalogEntry | None) -> dict[str, Any] | None:
         found["labels"] = dict(entry.labels)
     if entry.deletion_time is not None:
         found["deletion_time"] = datetime.fromtimestamp(entry.deletion_time, UTC)
+    if (when := destruction_time(entry)) is not None:
+        found["destruction_time"] = datetime.fromtimestamp(when, UTC)
     return found

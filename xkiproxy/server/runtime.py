@@ -8,7 +8,8 @@ import os
 import ssl
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -21,6 +22,7 @@ from xkiproxy.config import Config, ConfigError, Problem
 from xkiproxy.config.models import (
     AuditSettings,
     KeystoreSettings,
+    SoftwareSettings,
     SyslogSettings,
     TracingSettings,
 )
@@ -28,7 +30,7 @@ from xkiproxy.config.secrets import SecretError
 from xkiproxy.config.tls import TlsError, client_context, parse_certificate
 from xkiproxy.crypto.operations import Fault, OperationError
 from xkiproxy.keystores.authorization import Authorizer
-from xkiproxy.keystores.catalog import CatalogError
+from xkiproxy.keystores.catalog import CatalogEntry, CatalogError
 from xkiproxy.keystores.credentials import CredentialError, parse_credentials
 from xkiproxy.keystores.encryptions import (
     Counts,
@@ -40,7 +42,14 @@ from xkiproxy.keystores.encryptions import (
 from xkiproxy.keystores.failover import Failover
 from xkiproxy.keystores.keystore import KeyStore
 from xkiproxy.keystores.last_use import LastUse, last_use_path
-from xkiproxy.keystores.lifecycle import due_entries, purge_due
+from xkiproxy.keystores.lifecycle import (
+    announcement,
+    due_entries,
+    is_to_be_destroyed,
+    lost_entries,
+    purge_due,
+    watch_due,
+)
 from xkiproxy.keystores.policies import PolicyError, parse_policies
 from xkiproxy.keystores.quotas import Quota, Quotas, QuotaTable
 from xkiproxy.keystores.replay import Replay, ReplayWindow
@@ -123,6 +132,7 @@ class Runtime:
         self._last_use = LastUse(last_use_path(config.catalog.path))
         self._quota_table = QuotaTable(tables.quotas if tables else None)
         self._revision = 0
+        self._announced: set[CatalogEntry] = set()
         self._sinks: dict[str, SinkState] = {}
         opening = _Opening(config)
         self.audit_options = opening.open("audit.hmac_key", lambda: _audit_options(config.audit))
@@ -265,6 +275,7 @@ class Runtime:
             changes = KeyChanges(self.catalog)
             work.append(_every(_AUDIT_SECONDS, partial(_write_changes, changes, audit)))
             work.append(_every(_PURGE_SECONDS, self._purge))
+            work.append(asyncio.to_thread(_look_for_lost_entries, self.config))
         await asyncio.gather(*work)
 
     async def _refresh(self) -> None:
@@ -340,8 +351,19 @@ class Runtime:
 
     async def _purge(self) -> None:
         now = time.time()
-        if kmis := {entry.kmi for entry in due_entries(self.catalog, now)}:
+        if not due_entries(self.catalog, now):
+            return
+        due = await asyncio.to_thread(_watch_due, self.config, now)
+        self._announce(due, now)
+        if kmis := {entry.kmi for entry in due if is_to_be_destroyed(entry, now)}:
             await asyncio.to_thread(_purge_due, self.config, self.encryptions, kmis, now)
+
+    def _announce(self, due: list[CatalogEntry], now: float) -> None:
+        """Say once in each run which keys will be destroyed, while that can be prevented."""
+        found = {replace(entry, watched_until=None) for entry in due}
+        for entry in found - self._announced:
+            _log.error("the date of a deletion has come: %s", announcement(entry, now))
+        self._announced = found
 
     def problems(self) -> list[str]:
         """What is wrong, whether or not the proxy can serve."""
@@ -522,6 +544,27 @@ async def _write_changes(changes: KeyChanges, audit: Sink) -> None:
         with suppress(AuditError):  # the next round finds the same changes
             audit.append(records)
             changes.forget()
+
+
+def _look_for_lost_entries(config: Config) -> None:
+    """Say if the catalog has none of the keys of a keyring; other KMIs are not asked at a start."""
+    try:
+        with closing(SqliteCatalog(config.catalog.path)) as catalog:
+            for kmi in config.kmi:
+                if isinstance(kmi, SoftwareSettings):
+                    with closing(open_key_manager(kmi)) as manager:
+                        lost = lost_entries(catalog, manager, kmi.name, config.catalog.path)
+                    if lost:
+                        _log.warning("%s", lost)
+    except (CatalogError, KeyManagerError, SecretError) as error:
+        # For people only: what serves has met the same, and says so.
+        _log.warning("whether the catalog was lost is not known: %s", error)
+
+
+def _watch_due(config: Config, now: float) -> list[CatalogEntry]:
+    """In a thread, with a connection of its own: it waits for the disk."""
+    with closing(SqliteCatalog(config.catalog.path)) as catalog:
+        return watch_due(catalog, now)
 
 
 def _purge_due(config: Config, encryptions: Encryptions, kmis: set[str], now: float) -> None:
