@@ -17,7 +17,8 @@ class CatalogEntry:
     """What the catalog holds of one key; times are seconds since the epoch.
 
     `deletion_time` is set while the state is PENDING_DELETION: from then on the key is destroyed.
-    `labels` are names and values that policies can ask for, by name.
+    `labels` are names and values that policies can ask for, by name. `version` is the newest that a
+    command made here, None if that is not known; `changed_by` is who made the last change.
     """
 
     kmi: str
@@ -27,6 +28,8 @@ class CatalogEntry:
     created: float
     deletion_time: float | None = None
     labels: tuple[tuple[str, str], ...] = ()
+    version: int | None = None
+    changed_by: str = ""
 
 
 class CatalogError(Exception):

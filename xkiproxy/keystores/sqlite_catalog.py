@@ -20,7 +20,7 @@ from xkiproxy.storage import Database, FileKind, new_database
 _KIND = FileKind(
     name="catalog",
     application_id=0x584B_4354,  # "XKCT"
-    format=2,
+    format=4,
     schema="""
         CREATE TABLE entries (
             kmi TEXT NOT NULL,
@@ -30,26 +30,36 @@ _KIND = FileKind(
             created REAL NOT NULL CHECK (typeof(created) = 'real'),
             deletion_time REAL CHECK (typeof(deletion_time) IN ('null', 'real')),
             labels TEXT NOT NULL DEFAULT '{}',
+            version INTEGER CHECK (typeof(version) IN ('null', 'integer')),
+            changed_by TEXT NOT NULL DEFAULT '',
             PRIMARY KEY (kmi, key_id),
             CHECK (state = 'PENDING_DELETION' OR deletion_time IS NULL)
         );
     """,
     error=CatalogError,
     if_missing="restore it from a backup, or start again without: all keys are then unregistered",
-    upgrades={1: "ALTER TABLE entries ADD COLUMN labels TEXT NOT NULL DEFAULT '{}'"},
+    upgrades={
+        1: "ALTER TABLE entries ADD COLUMN labels TEXT NOT NULL DEFAULT '{}'",
+        2: "ALTER TABLE entries ADD COLUMN version INTEGER"
+        " CHECK (typeof(version) IN ('null', 'integer'))",
+        3: "ALTER TABLE entries ADD COLUMN changed_by TEXT NOT NULL DEFAULT ''",
+    },
 )
 
-_COLUMNS = "kmi, key_id, state, usage, created, deletion_time, labels"
+_COLUMNS = "kmi, key_id, state, usage, created, deletion_time, labels, version, changed_by"
 _SELECT = f"SELECT {_COLUMNS} FROM entries ORDER BY 1, 2"  # noqa: S608 - no text of others
-_REPLACE = f"INSERT OR REPLACE INTO entries ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?)"  # noqa: S608
+_REPLACE = f"INSERT OR REPLACE INTO entries ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"  # noqa: S608
 
 
 def _entry(
-    kmi: str, key_id: str, state: str, usage: int, created: float, deletion: float, labels: str
-) -> CatalogEntry:
+    kmi: str, key_id: str, state: str, usage: int, created: float, deletion: float, labels: str,
+    version: int | None, changed_by: str,
+) -> CatalogEntry:  # fmt: skip
     """An entry of its row; raises AttributeError or ValueError if it is damaged."""
     named = tuple(sorted(json.loads(labels).items()))
-    return CatalogEntry(kmi, key_id, KeyState(state), Usage(usage), created, deletion, named)
+    return CatalogEntry(
+        kmi, key_id, KeyState(state), Usage(usage), created, deletion, named, version, changed_by
+    )
 
 
 class SqliteCatalog:
@@ -89,6 +99,8 @@ class SqliteCatalog:
             float(entry.created),
             None if entry.deletion_time is None else float(entry.deletion_time),
             json.dumps(dict(entry.labels)),
+            entry.version,
+            entry.changed_by,
         )
         with self.locked(), self._database.writing() as connection:
             connection.execute(_REPLACE, row)
