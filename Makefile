@@ -56,22 +56,24 @@ gate: system-packages $(BIN)/.installed-test
 system-packages:
 	@tests/system-packages.sh
 
-$(BIN)/python:
-	$(PYTHON) -m venv $(VENV)
+$(BIN)/pip:
+	@# One that fails (no python3-venv) leaves a python without pip behind.
+	@test -e $(VENV) && there=yes || there=; \
+	$(PYTHON) -m venv $(VENV) || { test -n "$$there" || rm -rf $(VENV); exit 1; }
 
-$(BIN)/.installed: $(BIN)/python pyproject.toml
+$(BIN)/.installed: $(BIN)/pip pyproject.toml
 	$(BIN)/pip install --quiet --editable .
 	@touch $@
 
-$(BIN)/.installed-test: $(BIN)/python pyproject.toml
+$(BIN)/.installed-test: $(BIN)/pip pyproject.toml
 	$(BIN)/pip install --quiet --editable '.[test]'
 	@touch $@ $(BIN)/.installed
 
-$(BIN)/.installed-docs: $(BIN)/python pyproject.toml
+$(BIN)/.installed-docs: $(BIN)/pip pyproject.toml
 	$(BIN)/pip install --quiet --editable '.[docs]'
 	@touch $@ $(BIN)/.installed
 
-$(BIN)/.installed-bench: $(BIN)/python pyproject.toml
+$(BIN)/.installed-bench: $(BIN)/pip pyproject.toml
 	$(BIN)/pip install --quiet --editable '.[bench]'
 	@touch $@ $(BIN)/.installed
 

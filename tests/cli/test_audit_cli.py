@@ -316,6 +316,34 @@ def test_a_terminal_obeys_no_principal(run: Run, site: Site) -> None:
     assert "me�[2J�you" in lines[1]
 
 
+def test_events_are_found_and_show_what_changed(run: Run, site: Site) -> None:
+    before, after = {"state": "ENABLED", "version": 1}, {"state": "DISABLED", "version": 1}
+    changed = {"event": "key_changed", "key": "k", "before": before, "after": after}
+    log = AuditLog(site.directory / "audit.jsonl")
+    log.append([encode({"operation": "encrypt", "key": "k"})])
+    log.append([encode({**changed, "by": "me\x1b[2J\n (7)"})])
+    log.append([encode({**changed, "before": None, "after": {"labels": {"a": "\x1b[1m"}}})])
+    log.append([encode({"event": "reload_ok", "changes": ["store \x1b[2J is new", "and that"]})])
+    log.append([encode({"event": "reload_failed", "problems": ["a mistake"]})])
+    log.append([encode({"event": "key_changed", "before": "nonsense", "after": 3, "changes": 4})])
+    log.close()
+
+    def found(operation: str) -> list[str]:
+        outcome = run("audit", "search", "--config", site.config, "--operation", operation)
+        assert "\x1b" not in outcome.out
+        return outcome.out.splitlines()[1:]
+
+    disabled, labelled, nonsense = found("key_changed")
+    assert disabled.endswith("  state ENABLED -> DISABLED; by me�[2J� (7)")
+    assert labelled.endswith('  labels none -> {"a":"\\u001b[1m"}')
+    assert nonsense.endswith("key_changed")
+    assert [line.split("reload_ok")[1].strip() for line in found("reload_ok")] == [
+        "store �[2J is new; and that"
+    ]
+    assert found("reload_failed")[0].endswith("a mistake")
+    assert len(found("encrypt")) == 1
+
+
 def test_search_goes_on_when_its_reader_does_not(long_log: Path) -> None:
     """`| head`: no traceback."""
     with subprocess.Popen(

@@ -26,6 +26,26 @@ def xkiproxy(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, check=False, capture_output=True, text=True)
 
 
+def test_a_key_store_without_credentials_is_told_the_command(tmp_path: Path) -> None:
+    assert xkiproxy("init", tmp_path / "proxy").returncode == 0
+    config = tmp_path / "proxy" / "xkiproxy.toml"
+    store = """
+[[keystore]]
+name = "second"
+protocol = "xki"
+path_prefix = "/second"
+kmi = ["local"]
+credentials = "credentials/second.toml"
+"""
+    config.write_text(config.read_text() + store)
+    done = xkiproxy("check", "--config", config)
+    assert done.returncode == 1
+    assert "xkiproxy credentials add --keystore second" in done.stdout + done.stderr
+    added = xkiproxy("credentials", "add", "--keystore", "second", "--config", config)
+    assert added.returncode == 0
+    assert xkiproxy("check", "--config", config).returncode == 0
+
+
 @pytest.mark.parametrize("lanes", [1, 4])
 def test_each_address_is_tried(tmp_path: Path, site: TransitSite, lanes: int) -> None:
     """However few lanes there are, and though the proxy would serve with the others."""

@@ -16,7 +16,12 @@ from website.build import Page, SiteError, build, menu_problems, page_problems
 from website.markdown import slug
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CHANGELOG.md",
+    ROOT / "SECURITY.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 _CHROMIUM = shutil.which("chromium")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -119,6 +120,29 @@ def test_enable_and_disable_can_be_repeated(host: Host) -> None:
     host.create("k")
     assert [host.disable("k").state for _ in range(2)] == ["DISABLED"] * 2
     assert [host.enable("k").state for _ in range(2)] == ["ENABLED"] * 2
+
+
+def test_the_entry_says_who_changed_it(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SUDO_USER", raising=False)
+    host.create("k")
+    made = host.catalog.get("local", "k")
+    assert made is not None
+    assert f"({os.getuid()})" in made.changed_by
+    monkeypatch.setenv("SUDO_USER", "alice")
+    host.enable("k")  # it is enabled: nothing was changed, by nobody
+    assert host.catalog.get("local", "k") == made
+    host.rotate("k")
+    rotated = host.catalog.get("local", "k")
+    assert rotated == replace(made, version=2, changed_by=f"{made.changed_by}, by sudo of alice")
+
+
+def test_a_user_without_a_name_is_a_number(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SUDO_USER", raising=False)
+    monkeypatch.setattr("os.getuid", lambda: 4_000_000_000)
+    host.create("k")
+    made = host.catalog.get("local", "k")
+    assert made is not None
+    assert made.changed_by == "4000000000"
 
 
 def test_rotate(host: Host) -> None:

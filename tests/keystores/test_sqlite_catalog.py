@@ -273,6 +273,41 @@ def test_a_catalog_without_labels_is_taken_over(path: Path) -> None:
         catalog.close()
 
 
+TABLE_OF_FORMAT_2 = """
+    CREATE TABLE entries (
+        kmi TEXT NOT NULL,
+        key_id TEXT NOT NULL,
+        state TEXT NOT NULL CHECK (state IN ('ENABLED', 'DISABLED', 'PENDING_DELETION')),
+        usage INTEGER NOT NULL CHECK (typeof(usage) = 'integer' AND usage BETWEEN 1 AND 3),
+        created REAL NOT NULL CHECK (typeof(created) = 'real'),
+        deletion_time REAL CHECK (typeof(deletion_time) IN ('null', 'real')),
+        labels TEXT NOT NULL DEFAULT '{}',
+        PRIMARY KEY (kmi, key_id),
+        CHECK (state = 'PENDING_DELETION' OR deletion_time IS NULL)
+    );
+    INSERT INTO entries VALUES ('hsm', 'gone', 'PENDING_DELETION', 2, 1.0, 2000.25, '{"a": "b"}');
+    INSERT INTO entries VALUES ('local', 'k', 'ENABLED', 3, 1000.5, NULL, '{}');
+    PRAGMA application_id = 0x584B4354;
+    PRAGMA user_version = 2;
+"""
+
+
+def test_a_catalog_without_versions_is_taken_over(path: Path) -> None:
+    with closing(sqlite3.connect(path)) as connection:
+        connection.executescript(TABLE_OF_FORMAT_2)
+    path.chmod(0o600)
+    for _ in range(2):
+        catalog = SqliteCatalog(path)
+        assert catalog.entries() == [replace(DUE, labels=(("a", "b"),)), ENTRY]
+        catalog.close()
+    catalog = SqliteCatalog(path)
+    catalog.put(replace(ENTRY, version=2, changed_by="me (1000)"))
+    catalog.close()
+    reopened = SqliteCatalog(path)
+    assert reopened.get("local", "k") == replace(ENTRY, version=2, changed_by="me (1000)")
+    reopened.close()
+
+
 def test_labels_are_kept(catalog: SqliteCatalog, path: Path) -> None:
     labelled = replace(ENTRY, labels=(("environment", "production"), ("team", "pay roll")))
     catalog.put(labelled)

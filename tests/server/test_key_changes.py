@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
@@ -36,6 +37,7 @@ def changes(server: Workers) -> list[dict[str, Any]]:
 def test_each_change_has_one_record(server: Workers) -> None:
     steps: list[tuple[list[str], Any, Any]] = [
         (["create", "payroll"], None, {"state": "ENABLED", "usage": ["encrypt", "decrypt"]}),
+        (["rotate", "payroll"], {"version": 1}, {"version": 2, "state": "ENABLED"}),
         (["disable", "payroll"], "ENABLED", "DISABLED"),
         (["label", "payroll", "stage=test"], {"state": "DISABLED"}, {"labels": {"stage": "test"}}),
         (["delete", "payroll", "--days", "7"], "DISABLED", "PENDING_DELETION"),
@@ -45,6 +47,7 @@ def test_each_change_has_one_record(server: Workers) -> None:
         wait_for(lambda number=number: len(changes(server)) == number)
         record = changes(server)[-1]
         assert (record["kmi"], record["key"]) == ("local", "payroll")
+        assert f"({os.getuid()})" in record["by"]
         for wanted, found in ((before, record["before"]), (after, record["after"])):
             if isinstance(wanted, dict):
                 assert {name: found[name] for name in wanted} == wanted
@@ -52,7 +55,7 @@ def test_each_change_has_one_record(server: Workers) -> None:
                 assert (found and found["state"]) == wanted
     assert "deletion_time" in changes(server)[-1]["after"]
     found = server.run("audit", "search", "--key", "payroll", "--json").stdout
-    assert found.count("key_changed") == 4
+    assert found.count("key_changed") == 5
     assert "payroll" in server.run("audit", "search", "--key", "payroll").stdout
     server.stop()
     server.run("audit", "verify")

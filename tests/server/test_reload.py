@@ -223,6 +223,24 @@ def test_without_a_server(tmp_path: Path) -> None:
     assert "is the server running?" in made.run("reload", status=1).stderr
 
 
+def test_the_server_of_another_directory_is_refused(server: Workers, tmp_path: Path) -> None:
+    """It would go on with a credential that was revoked, and the command would say: done."""
+    other = Installation(tmp_path / "other")
+    text = other.config.read_text().replace(str(other.admin_port), str(server.admin_port))
+    other.config.write_text(text)
+    said = refused(other)
+    assert str(server.config.resolve()) in said
+    assert str(other.config.resolve()) in said
+    assert "an admin_listen of its own" in said
+    assert server.status()["reload"]["number"] == 0
+
+
+def test_a_link_to_the_configuration_is_the_same_file(server: Workers, tmp_path: Path) -> None:
+    (tmp_path / "link.toml").symlink_to(server.config)
+    done = server.run("reload", "--config", str(tmp_path / "link.toml"), config=False)
+    assert "nothing has changed" in done.stdout
+
+
 def test_the_date_of_the_oldest_credential_is_shown(server: Workers) -> None:
     name = "xkiproxy_credential_created_timestamp_seconds"
     path = server.directory / "credentials" / "demo.toml"

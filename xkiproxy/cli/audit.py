@@ -127,7 +127,9 @@ def search(
     outcome: Annotated[
         str | None, typer.Option(metavar="CODE", help="Such as OK, KeyNotFound, 403.")
     ] = None,
-    operation: Annotated[str | None, typer.Option(help="Such as encrypt.")] = None,
+    operation: Annotated[
+        str | None, typer.Option(help="Such as encrypt, key_changed, reload_ok.")
+    ] = None,
     keystore: Annotated[str | None, typer.Option(help="The key store's name.")] = None,
     limit: Annotated[int, typer.Option(min=0, help="At most so many; 0 is all.")] = 0,
     config: ConfigOption = DEFAULT_CONFIG,
@@ -151,8 +153,10 @@ def search(
         for record in records:
             sys.stdout.write(orjson.dumps(record).decode() + "\n")
         return
-    rows = [[_cell(record, column) for column in _COLUMNS] for record in records]
-    print_table([column.upper() for column in _COLUMNS], rows)
+    rows = [
+        [*(_cell(record, column) for column in _COLUMNS), _changes(record)] for record in records
+    ]
+    print_table([*(column.upper() for column in _COLUMNS), "CHANGES"], rows)
 
 
 def _find(files: list[Path] | None, settings: Config | None) -> dict[str, list[Path]]:
@@ -289,7 +293,7 @@ class _Query:
 
     def fits(self, record: dict[str, Any]) -> bool:
         """Whether a record is one that is looked for."""
-        if any(record.get(name) != value for name, value in self.fields.items()):
+        if any(_value(record, name) != value for name, value in self.fields.items()):
             return False
         ids = (record.get("request_id"), record.get("kms_request_id"))
         if self.request_id is not None and self.request_id not in ids:
@@ -355,11 +359,44 @@ def _parse_time(text: str, now: datetime) -> datetime:
     return made if made.tzinfo else made.replace(tzinfo=UTC)
 
 
+def _value(record: dict[str, Any], name: str) -> Any:
+    """A field; what the log says of itself has an event for an operation."""
+    value = record.get(name)
+    return record.get("event") if value is None and name == "operation" else value
+
+
+def _changes(record: dict[str, Any]) -> str:
+    """What a reload or a command has changed, and who; it stands last, so it is not cut off."""
+    found = [
+        f"{name} {_text(old)} -> {_text(new)}"
+        for name, old, new in _differences(record.get("before"), record.get("after"))
+    ]
+    for name in ("changes", "problems"):
+        said = record.get(name)
+        found += map(str, said) if isinstance(said, list) else ()
+    if record.get("by"):
+        found.append(f"by {record['by']}")
+    return "; ".join(found)
+
+
+def _differences(before: Any, after: Any) -> Iterator[tuple[str, Any, Any]]:
+    """What is different in two descriptions of a key; one that is none describes no key."""
+    old = before if isinstance(before, dict) else {}
+    new = after if isinstance(after, dict) else {}
+    for name in old | new:
+        if old.get(name) != new.get(name):
+            yield name, old.get(name), new.get(name)
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "none"
+    return value if isinstance(value, str) else orjson.dumps(value).decode()
+
+
 def _cell(record: dict[str, Any], column: str) -> str:
-    """A field for people; what the log says of itself has an event for an operation."""
-    value = record.get(column)
-    if value is None and column == "operation":
-        value = record.get("event")
+    """A field for people."""
+    value = _value(record, column)
     text = "" if value is None else str(value)
     # One long ARN would pad all lines; --json has it whole.
     return text if len(text) <= _MAX_CELL else f"{text[: _MAX_CELL // 2]}…{text[-_MAX_CELL // 2 :]}"

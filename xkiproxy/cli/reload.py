@@ -7,6 +7,7 @@ import signal
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 from typing import Annotated, Any
 
 import orjson
@@ -22,6 +23,7 @@ from xkiproxy.cli.common import (
 )
 from xkiproxy.config import ConfigError, load_config
 from xkiproxy.config.models import split_address
+from xkiproxy.observability.logging import utf8
 
 _STEP_SECONDS = 0.05
 
@@ -34,7 +36,8 @@ def reload(
     """Let the running server take over changed key stores, credentials and certificates.
 
     All of it or nothing: if there is a mistake in a file, nothing changes, and it is named. No
-    connection and no request is dropped. The same as SIGHUP, but it waits and says what came of it.
+    connection and no request is dropped. The same as SIGHUP, but it waits and says what came of it,
+    and refuses a server that has another configuration.
 
     Example: xkiproxy reload --config /etc/xkiproxy/xkiproxy.toml
     """
@@ -44,10 +47,8 @@ def reload(
         raise CommandError(f"nothing was changed: {error}") from None
     url = _status_url(settings.server.admin_listen)
     before = _status(url)
-    try:
-        os.kill(before["pid"], signal.SIGHUP)
-    except (PermissionError, ProcessLookupError) as error:
-        raise CommandError(f"process {before['pid']}: {error.strerror}") from None
+    _check_config(before, config, settings.server.admin_listen)
+    _hang_up(before["pid"])
     came = _await_reload(url, before["reload"]["number"], timeout)
     if as_json:
         print_json(came)
@@ -73,7 +74,63 @@ def _status(url: str) -> dict[str, Any]:
     except (urllib.error.URLError, OSError, orjson.JSONDecodeError) as error:
         reason = getattr(error, "reason", error)
         raise CommandError(f"{url}: {reason}: is the server running?") from None
+    if not isinstance(found, dict) or not {"pid", "reload"} <= found.keys():
+        raise CommandError(f"{url}: this is no xkiproxy: does something else listen there?")
     return found
+
+
+def _check_config(status: dict[str, Any], config: Path, address: str) -> None:
+    """Raise CommandError if the server that answers has another configuration.
+
+    Two directories may name the same admin_listen: the server of one must not be taken for that of
+    the other, which would go on with a credential that was revoked.
+    """
+    ours, its = utf8(str(config.resolve())), status.get("config")
+    if its is None:
+        raise CommandError(
+            f"nothing was changed: the server at {address} does not say which configuration it has:"
+            " it is of an earlier version, restart it"
+        )
+    if its != ours:
+        raise CommandError(
+            f"nothing was changed: the server at {address} has another configuration\n"
+            f"  the server: {its}\n"
+            f"  this command: {ours}\n"
+            "name the server's with --config, or give each server an admin_listen of its own"
+        )
+
+
+def _hang_up(pid: Any) -> None:
+    """Send SIGHUP to the server; raises CommandError if the process is none that is ours."""
+    if not _is_server(pid):
+        raise CommandError(
+            f"nothing was changed: process {pid} is no xkiproxy serve of this user here; run this"
+            " as the server's user, and in its container if it has one"
+        )
+    try:
+        os.kill(pid, signal.SIGHUP)
+    except (PermissionError, ProcessLookupError) as error:
+        raise CommandError(f"process {pid}: {error.strerror}") from None
+
+
+def _is_server(pid: Any) -> bool:
+    """Whether a process is a server that this user may signal.
+
+    /status is not authenticated: whoever answers there could name any process, and SIGHUP ends most
+    of them. systemd says by itself which process the server is; its unit hides it from /proc.
+    """
+    if type(pid) is not int or pid <= 0:
+        return False
+    if os.environ.get("MAINPID") == str(pid):
+        return True
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+    (owner,) = (int(line.split()[1]) for line in status.splitlines() if line.startswith("Uid:"))
+    names_it = b"serve" in words and any(word.rpartition(b"/")[2] == b"xkiproxy" for word in words)
+    return names_it and os.geteuid() in {0, owner}
 
 
 def _await_reload(url: str, number: int, timeout: float) -> dict[str, Any]:

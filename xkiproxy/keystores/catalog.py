@@ -19,7 +19,8 @@ class CatalogEntry:
     `deletion_time` is set while the state is PENDING_DELETION: from then on the key is due. It is
     destroyed once servers have watched it for long enough, as they have from `watched_since` to
     `watched_until` (`lifecycle.watch_due`).
-    `labels` are names and values that policies can ask for, by name.
+    `labels` are names and values that policies can ask for, by name. `version` is the newest that a
+    command made here, None if that is not known; `changed_by` is who made the last change.
     """
 
     kmi: str
@@ -29,6 +30,8 @@ class CatalogEntry:
     created: float
     deletion_time: float | None = None
     labels: tuple[tuple[str, str], ...] = ()
+    version: int | None = None
+    changed_by: str = ""
     watched_since: float | None = None
     watched_until: float | None = None
 

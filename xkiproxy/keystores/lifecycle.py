@@ -11,6 +11,8 @@ while the HSM, or the secret for it, is away.
 from __future__ import annotations
 
 import logging
+import os
+import pwd
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -21,6 +23,7 @@ from xkiproxy.crypto.algorithms import KeySpec, Usage
 from xkiproxy.crypto.operations import KeyState
 from xkiproxy.keystores.catalog import Catalog, CatalogEntry
 from xkiproxy.kmi.base import KeyInfo, KeyManager, KeyManagerError, check_key_id
+from xkiproxy.observability.logging import utf8
 
 UNREGISTERED = "UNREGISTERED"
 """The state of a key that its KMI has and the catalog does not: it is not used."""
@@ -85,7 +88,7 @@ def create_key(
             )
         info = manager.create(key_id, spec)
         entry = _new_entry(kmi, info, usage)
-        catalog.put(replace(entry, labels=_sorted(labels or {})))
+        _put(catalog, replace(entry, labels=_sorted(labels or {})))
     return show_key(catalog, manager, kmi, key_id)
 
 
@@ -150,7 +153,7 @@ def enable_key(
                 pass  # it is away: what it would say shows when it is back
             else:
                 _usable(info, kmi, key_id)
-        catalog.put(replace(entry, state=KeyState.ENABLED))
+        _put(catalog, replace(entry, state=KeyState.ENABLED))
     return _changed(catalog, manager, kmi, key_id)
 
 
@@ -168,7 +171,7 @@ def disable_key(catalog: Catalog, manager: KeyManager, kmi: str, key_id: str) ->
     with catalog.locked():
         entry = _entry(catalog, manager, kmi, key_id)
         _refuse_pending(entry)
-        catalog.put(replace(entry, state=KeyState.DISABLED))
+        _put(catalog, replace(entry, state=KeyState.DISABLED))
     return _changed(catalog, manager, kmi, key_id)
 
 
@@ -187,7 +190,7 @@ def label_key(
         for name in without:
             if wanted.pop(name, None) is None:
                 raise KeyManagerError(f"key {key_id} has no label {name}")
-        catalog.put(replace(entry, labels=_sorted(wanted)))
+        _put(catalog, replace(entry, labels=_sorted(wanted)))
     return _changed(catalog, manager, kmi, key_id)
 
 
@@ -202,9 +205,9 @@ def rotate_key(catalog: Catalog, manager: KeyManager, kmi: str, key_id: str) -> 
             raise _unknown(kmi, key_id)
         entry = catalog.get(kmi, key_id)
         _refuse_pending(entry)
-        manager.rotate(key_id)
+        made = manager.rotate(key_id)
         if entry is not None:
-            catalog.put(entry)  # as it was: a running server sees that something changed
+            _put(catalog, replace(entry, version=made.version))
     return show_key(catalog, manager, kmi, key_id)
 
 
@@ -225,7 +228,7 @@ def schedule_deletion(
         entry = _entry(catalog, manager, kmi, key_id)
         _refuse_pending(entry)
         when = time.time() + days * _DAY_SECONDS
-        catalog.put(replace(entry, state=KeyState.PENDING_DELETION, deletion_time=when))
+        _put(catalog, replace(entry, state=KeyState.PENDING_DELETION, deletion_time=when))
     return _changed(catalog, manager, kmi, key_id)
 
 
@@ -236,7 +239,7 @@ def cancel_deletion(catalog: Catalog, manager: KeyManager, kmi: str, key_id: str
         if entry.state is not KeyState.PENDING_DELETION:
             raise KeyManagerError(f"key {key_id}: it does not await deletion, it is {entry.state}")
         kept = replace(entry, state=KeyState.DISABLED, deletion_time=None)
-        catalog.put(replace(kept, watched_since=None, watched_until=None))
+        _put(catalog, replace(kept, watched_since=None, watched_until=None))
     return _changed(catalog, manager, kmi, key_id)
 
 
@@ -411,7 +414,27 @@ def _entry(catalog: Catalog, manager: KeyManager, kmi: str, key_id: str) -> Cata
 
 def _new_entry(kmi: str, info: KeyInfo, usage: Usage | None) -> CatalogEntry:
     created = time.time() if info.created is None else info.created
-    return CatalogEntry(kmi, info.key_id, KeyState.ENABLED, usage or info.usage, created)
+    return CatalogEntry(
+        kmi, info.key_id, KeyState.ENABLED, usage or info.usage, created, version=info.version
+    )
+
+
+def _put(catalog: Catalog, entry: CatalogEntry) -> None:
+    """Write an entry, with who changed it, if it is not what is there."""
+    if catalog.get(entry.kmi, entry.key_id) != entry:
+        entry = replace(entry, changed_by=_operator())
+    catalog.put(entry)
+
+
+def _operator() -> str:
+    """The user who runs this, as the operating system knows him, and who became him by sudo."""
+    number = os.getuid()
+    try:
+        name = f"{pwd.getpwuid(number).pw_name} ({number})"
+    except KeyError:  # a container's, mostly
+        name = str(number)
+    sudo = os.environ.get("SUDO_USER")
+    return utf8(f"{name}, by sudo of {sudo}" if sudo else name)
 
 
 def _refuse_pending(entry: CatalogEntry | None) -> None:

@@ -30,6 +30,8 @@ _KIND = FileKind(
             created REAL NOT NULL CHECK (typeof(created) = 'real'),
             deletion_time REAL CHECK (typeof(deletion_time) IN ('null', 'real')),
             labels TEXT NOT NULL DEFAULT '{}',
+            version INTEGER CHECK (typeof(version) IN ('null', 'integer')),
+            changed_by TEXT NOT NULL DEFAULT '',
             watched_since REAL CHECK (typeof(watched_since) IN ('null', 'real')),
             watched_until REAL CHECK (typeof(watched_until) IN ('null', 'real')),
             PRIMARY KEY (kmi, key_id),
@@ -41,32 +43,33 @@ _KIND = FileKind(
     upgrades={
         1: ("ALTER TABLE entries ADD COLUMN labels TEXT NOT NULL DEFAULT '{}'",),
         2: (
+            "ALTER TABLE entries ADD COLUMN version INTEGER"
+            " CHECK (typeof(version) IN ('null', 'integer'))",
+            "ALTER TABLE entries ADD COLUMN changed_by TEXT NOT NULL DEFAULT ''",
             "ALTER TABLE entries ADD COLUMN watched_since REAL",
             "ALTER TABLE entries ADD COLUMN watched_until REAL",
         ),
     },
 )
 
-_COLUMNS = "kmi, key_id, state, usage, created, deletion_time, labels, watched_since, watched_until"
+_COLUMNS = (
+    "kmi, key_id, state, usage, created, deletion_time, labels, version, changed_by,"
+    " watched_since, watched_until"
+)
 _SELECT = f"SELECT {_COLUMNS} FROM entries ORDER BY 1, 2"  # noqa: S608 - no text of others
-_REPLACE = f"INSERT OR REPLACE INTO entries ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"  # noqa: S608
+_REPLACE = f"INSERT OR REPLACE INTO entries ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"  # noqa: S608
 
 
 def _entry(
-    kmi: str,
-    key_id: str,
-    state: str,
-    usage: int,
-    created: float,
-    deletion: float | None,
-    labels: str,
-    *watched: float | None,
-) -> CatalogEntry:
+    kmi: str, key_id: str, state: str, usage: int, created: float, deletion: float | None,
+    labels: str, version: int | None, changed_by: str, *watched: float | None,
+) -> CatalogEntry:  # fmt: skip
     """An entry of its row; raises AttributeError or ValueError if it is damaged."""
     named = tuple(sorted(json.loads(labels).items()))
     return CatalogEntry(
-        kmi, key_id, KeyState(state), Usage(usage), created, deletion, named, *watched
-    )
+        kmi, key_id, KeyState(state), Usage(usage), created, deletion, named, version, changed_by,
+        *watched,
+    )  # fmt: skip
 
 
 def _real(seconds: float | None) -> float | None:
@@ -110,6 +113,8 @@ class SqliteCatalog:
             float(entry.created),
             _real(entry.deletion_time),
             json.dumps(dict(entry.labels)),
+            entry.version,
+            entry.changed_by,
             _real(entry.watched_since),
             _real(entry.watched_until),
         )

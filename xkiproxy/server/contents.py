@@ -115,10 +115,26 @@ def read_contents(config: Config) -> Contents:
 
 
 def _read_store(settings: KeystoreSettings) -> StoreFiles:
+    file = settings.credentials.file
+    if file is not None and _is_missing(file):
+        raise SecretError(
+            f"{file}: there is no such file; make it, with a credential, by:"
+            f" xkiproxy credentials add --keystore {settings.name}"
+        )
     return StoreFiles(
         credentials=settings.credentials.read(),
         policies=None if settings.policies is None else read_policies(settings.policies),
     )
+
+
+def _is_missing(file: Path) -> bool:
+    try:
+        file.stat()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        pass  # it may be there: whoever reads it says what is wrong
+    return False
 
 
 def read_secrets(config: Config) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What happens to keys beside the server, for the audit log: made, disabled, to be destroyed.
+"""What happens to keys beside the server, for the audit log: made, rotated, disabled, destroyed.
 
 Commands change the catalog in processes of their own; the server, which has the audit log, sees
 what is different. What changed while no server ran it cannot know.
@@ -45,6 +45,7 @@ class KeyChanges:
                     "key": key,
                     "before": _described(was),
                     "after": _described(now),
+                    "by": (now and now.changed_by) or None,
                 }
 
     def forget(self) -> None:
@@ -66,6 +67,8 @@ def _described(entry: CatalogEntry | None) -> dict[str, Any] | None:
         "state": entry.state.value,
         "usage": [usage.name.lower() for usage in Usage if usage & entry.usage and usage.name],
     }
+    if entry.version is not None:
+        found["version"] = entry.version
     if entry.labels:
         found["labels"] = dict(entry.labels)
     if entry.deletion_time is not None:

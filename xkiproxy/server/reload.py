@@ -70,6 +70,11 @@ class History:
         }
 
 
+def config_path(path: Path) -> str:
+    """For /status: which file a reload reads. A link may lead elsewhere than at the start."""
+    return utf8(str(path.resolve()))
+
+
 def fixed_differences(old: Config, new: Config) -> Iterator[Problem]:
     """What differs and may not."""
     for name in _FIXED:

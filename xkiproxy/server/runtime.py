@@ -71,7 +71,13 @@ from xkiproxy.server.contents import Contents, ContentsError, StoreFiles, read_c
 from xkiproxy.server.gateway import Tenant
 from xkiproxy.server.key_changes import KeyChanges
 from xkiproxy.server.networks import Networks
-from xkiproxy.server.reload import Change, History, describe, fixed_differences
+from xkiproxy.server.reload import (
+    Change,
+    History,
+    config_path,
+    describe,
+    fixed_differences,
+)
 from xkiproxy.server.strangers import Strangers
 from xkiproxy.server.tls import server_context
 
@@ -399,6 +405,7 @@ class Runtime:
         return {
             "version": __version__,
             "pid": os.getpid(),
+            "config": config_path(self.config.path),
             "started": self.started.isoformat(timespec="seconds"),
             "ready": not self.obstacles(),
             "problems": self.problems(),

@@ -37,7 +37,7 @@ from xkiproxy.server.admin import admin_listener
 from xkiproxy.server.contents import Handout, read_handout, read_secrets
 from xkiproxy.server.listener import bind
 from xkiproxy.server.notify import notify_ready, notify_reload, notify_stopping
-from xkiproxy.server.reload import History, refusing, texts
+from xkiproxy.server.reload import History, config_path, refusing, texts
 from xkiproxy.server.runtime import STOPPING, Tables
 from xkiproxy.server.signals import Signals, hangups_held
 
@@ -378,6 +378,7 @@ class Supervisor:
         return {
             "version": __version__,
             "pid": os.getpid(),
+            "config": config_path(self.config.path),
             "started": self._started.isoformat(timespec="seconds"),
             "ready": not await self.obstacles(),
             "problems": self._said("problems"),

@@ -331,3 +331,20 @@ async def test_a_process_whose_socket_closes_before_it_starts_ends() -> None:
     process = spawn()
     process.sock.close()
     assert await asyncio.to_thread(process.popen.wait, 30) == 0
+
+
+def test_a_start_that_fails_when_nobody_listens_any_more_is_silent(tmp_path: Path) -> None:
+    """Its server, or `xkiproxy check`, has said why already: no traceback among that."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "xkiproxy.kmi.pkcs11.program", str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            stderr=subprocess.PIPE,
+        )
+    settings_ = {"title": "lane", "module": str(tmp_path / "none.so"), "pin": PIN, "label": "t"}
+    settings_ |= {"serial": None, "iv_by_hsm": False, "sm4": None, "rw": False}
+    with ours:
+        ours.sendall(wire.pack([wire.OPEN, settings_]))
+    assert process.communicate(timeout=60)[1] == b""
+    assert process.returncode == 0

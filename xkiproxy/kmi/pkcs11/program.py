@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from setproctitle import setproctitle
@@ -62,10 +63,10 @@ def main() -> None:
     except EOFError:
         return
     except LoginError as error:
-        channel.send(wire.FAILED, "login", str(error))
+        _send_last(channel, wire.FAILED, "login", str(error))
         return
     except (TokenError, BrokenError) as error:
-        channel.send(wire.FAILED, "start", str(error))
+        _send_last(channel, wire.FAILED, "start", str(error))
         return
     # Only now: a kill while the token logs in could cost the token (see process.py).
     _die_with(parent)
@@ -76,7 +77,13 @@ def main() -> None:
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
     except BrokenError as error:
-        channel.send(wire.BROKEN, str(error))
+        _send_last(channel, wire.BROKEN, str(error))
+
+
+def _send_last(channel: _Channel, *frame: Any) -> None:
+    """Say why this process ends, to a server that may have given it up already."""
+    with suppress(OSError):
+        channel.send(*frame)
 
 
 def _open(settings: dict[str, Any]) -> Token:
