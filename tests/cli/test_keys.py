@@ -331,7 +331,7 @@ def test_failures_name_the_file_and_no_secret(keys: Keys, folder: Path) -> None:
     (folder / "keyring.db").unlink()
     refused = keys("list")
     assert refused.status == 1
-    assert "xkiproxy init" in refused.err
+    assert "xkiproxy keyring create" in refused.err
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from xkiproxy.cli import (
     credentials,
     fingerprint,
     init,
+    keyring,
     keys,
     kms_config,
     policy,
@@ -45,6 +46,7 @@ app.command("serve")(serve.serve)
 app.command("check")(check.check)
 app.command("reload")(reload.reload)
 app.add_typer(keys.app, name="keys")
+app.add_typer(keyring.app, name="keyring")
 app.add_typer(credentials.app, name="credentials")
 app.add_typer(policy.app, name="policy")
 app.command("fingerprint")(fingerprint.fingerprint)
