@@ -36,7 +36,14 @@ def test_each_change_has_one_record(server: Workers) -> None:
         (["create", "payroll"], None, {"state": "ENABLED", "usage": ["encrypt", "decrypt"]}),
         (["disable", "payroll"], "ENABLED", "DISABLED"),
         (["label", "payroll", "stage=test"], {"state": "DISABLED"}, {"labels": {"stage": "test"}}),
-        (["delete", "payroll", "--days", "7"], "DISABLED", "PENDING_DELETION"),
+        (
+            ["usage", "payroll", "decrypt"],
+            {"usage": ["encrypt", "decrypt"]},
+            {"usage": ["decrypt"]},
+        ),
+        (["forget", "payroll"], "DISABLED", None),
+        (["enable", "payroll"], None, "ENABLED"),
+        (["delete", "payroll", "--days", "7"], "ENABLED", "PENDING_DELETION"),
     ]
     for number, (command, before, after) in enumerate(steps, 1):
         server.run("keys", *command)
@@ -50,7 +57,7 @@ def test_each_change_has_one_record(server: Workers) -> None:
                 assert (found and found["state"]) == wanted
     assert "deletion_time" in changes(server)[-1]["after"]
     found = server.run("audit", "search", "--key", "payroll", "--json").stdout
-    assert found.count("key_changed") == 4
+    assert found.count("key_changed") == 7
     assert "payroll" in server.run("audit", "search", "--key", "payroll").stdout
     server.stop()
     server.run("audit", "verify")
