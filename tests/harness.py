@@ -58,6 +58,10 @@ class FaultyLane:
         self.lane = lane
         self.fault: Exception | None = None
 
+    @property
+    def warning(self) -> str:
+        return self.lane.warning
+
     def execute(self, operation: Operation) -> Result:
         if self.fault is not None:
             raise self.fault

@@ -138,6 +138,33 @@ def test_disable_and_enable(keys: Keys) -> None:
         assert keys("show", "k", "--json").value["state"] == state
 
 
+def test_forget(keys: Keys) -> None:
+    keys("create", "k", "--usage", "decrypt")
+    assert "keys disable k" in keys("forget", "k").err
+    keys("delete", "k", "--days", "7")
+    assert "--cancel" in keys("forget", "k").err
+    keys("delete", "k", "--cancel")
+    assert keys("show", "k", "--json").value["state"] == "DISABLED"
+    done = keys("forget", "k")
+    assert done.status == 0
+    assert "xkiproxy keys enable k --kmi local --usage decrypt" in done.out
+    assert keys("show", "k", "--json").value["state"] == "UNREGISTERED"
+    refused = keys("forget", "k")
+    assert refused.status == 1
+    assert "not registered" in refused.err
+    assert keys("enable", "k", "--json").value["state"] == "ENABLED"
+
+
+def test_usage(keys: Keys) -> None:
+    keys("create", "k")
+    assert "xkiproxy keys usage k encrypt" in keys("enable", "k", "--usage", "encrypt").err
+    assert keys("usage", "k", "encrypt", "--json").value["usage"] == "encrypt"
+    assert keys("usage", "k", "sign").status == 2
+    assert "not registered" in keys("usage", "other", "both").err
+    keys("delete", "k", "--days", "7")
+    assert "--cancel" in keys("usage", "k", "both").err
+
+
 def test_labels(keys: Keys) -> None:
     made = keys("create", "labelled", "--label", "environment=test", "--label", "a=b=c", "--json")
     assert made.value["labels"] == {"environment": "test", "a": "b=c"}
@@ -336,11 +363,12 @@ def test_failures_name_the_file_and_no_secret(keys: Keys, folder: Path) -> None:
     (folder / "keyring.db").unlink()
     refused = keys("list")
     assert refused.status == 1
-    assert "xkiproxy init" in refused.err
+    assert "xkiproxy keyring create" in refused.err
 
 
 @pytest.mark.parametrize(
-    "command", ["create", "list", "show", "enable", "disable", "label", "rotate", "delete"]
+    "command",
+    ["create", "list", "show", "enable", "disable", "label", "rotate", "delete", "forget", "usage"],
 )
 def test_help_has_an_example(command: str, keys: Keys) -> None:
     assert f"xkiproxy keys {command}" in keys(command, "--help").out

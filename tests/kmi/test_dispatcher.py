@@ -600,6 +600,7 @@ async def test_the_check_probes_every_lane(start: Start) -> None:
 
 class FakeInlineLane:
     broken = False
+    warning = ""
 
     def execute(self, operation: Random) -> RandomBytes:
         if operation.length > 1000:
@@ -641,6 +642,11 @@ async def test_inline_kmi() -> None:
     assert (kmi.state, kmi.error, kmi.lanes) == (KmiState.CONNECTED, "", [LaneState.IDLE])
     assert kmi.last_error is not None
     assert kmi.last_error.error == "planted"
+    lane.warning = "goes on"
+    kmi.refresh(False)
+    assert (kmi.state, kmi.error, kmi.lanes) == (KmiState.DEGRADED, "goes on", [LaneState.IDLE])
+    await kmi.check()
+    assert kmi.state is KmiState.DEGRADED
     counted = {
         sample.labels["outcome"]: sample.value
         for family in metrics.registry.collect()

@@ -40,7 +40,14 @@ def test_each_change_has_one_record(server: Workers) -> None:
         (["rotate", "payroll"], {"version": 1}, {"version": 2, "state": "ENABLED"}),
         (["disable", "payroll"], "ENABLED", "DISABLED"),
         (["label", "payroll", "stage=test"], {"state": "DISABLED"}, {"labels": {"stage": "test"}}),
-        (["delete", "payroll", "--days", "7"], "DISABLED", "PENDING_DELETION"),
+        (
+            ["usage", "payroll", "decrypt"],
+            {"usage": ["encrypt", "decrypt"]},
+            {"usage": ["decrypt"]},
+        ),
+        (["forget", "payroll"], "DISABLED", None),
+        (["enable", "payroll"], None, "ENABLED"),
+        (["delete", "payroll", "--days", "7"], "ENABLED", "PENDING_DELETION"),
     ]
     for number, (command, before, after) in enumerate(steps, 1):
         server.run("keys", *command)
@@ -55,7 +62,7 @@ def test_each_change_has_one_record(server: Workers) -> None:
                 assert (found and found["state"]) == wanted
     assert "deletion_time" in changes(server)[-1]["after"]
     found = server.run("audit", "search", "--key", "payroll", "--json").stdout
-    assert found.count("key_changed") == 5
+    assert found.count("key_changed") == 8
     assert "payroll" in server.run("audit", "search", "--key", "payroll").stdout
     server.stop()
     server.run("audit", "verify")

@@ -21,7 +21,7 @@ from xkiproxy.hardening import forbid_core_dumps
 from xkiproxy.observability.logging import for_journal
 
 COMMANDS = (
-    "init", "serve", "check", "reload", "keys", "credentials", "policy", "fingerprint",
+    "init", "serve", "check", "reload", "keys", "keyring", "credentials", "policy", "fingerprint",
     "kms-config", "audit", "call", "conformance",
 )  # fmt: skip
 """In the order of `--help`; each is in the module of its name."""

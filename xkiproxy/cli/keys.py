@@ -18,6 +18,7 @@ from xkiproxy.cli.common import (
     ConfigOption,
     JsonOption,
     err,
+    out,
     print_fields,
     print_json,
     print_table,
@@ -197,6 +198,41 @@ def disable(
     """Stop the use of a key until it is enabled again; the KMI may be away meanwhile."""
     with _open(load_config(config), kmi) as at:
         _print(lifecycle.disable_key(at.catalog, at.manager, at.kmi, key), at, json)
+
+
+@app.command(epilog="Example: xkiproxy keys forget payroll")
+def forget(
+    key: KeyArgument,
+    kmi: KmiOption = None,
+    config: ConfigOption = DEFAULT_CONFIG,
+    json: JsonOption = False,
+) -> None:
+    """Take a DISABLED key out of the catalog; the KMI is not asked, and its key stays as it is."""
+    with _open(load_config(config), kmi) as at:
+        entry = lifecycle.forget_key(at.catalog, at.kmi, key)
+        usage = _USAGE_NAMES.get(entry.usage, "both")
+        if json:
+            print_json({"id": key, "kmi": at.kmi, "state": lifecycle.UNREGISTERED, "usage": usage})
+            return
+        out.print(
+            f"Key {key} is not registered any more, and its labels are gone; KMI {at.kmi} has it as"
+            f" before. To register it again: xkiproxy keys enable {key} --kmi {at.kmi}"
+            f" --usage {usage}",
+            markup=False,
+        )
+
+
+@app.command("usage", epilog="Example: xkiproxy keys usage payroll decrypt")
+def usage_command(
+    key: KeyArgument,
+    usage: Annotated[UsageName, typer.Argument(help="What it may be used for from now on.")],
+    kmi: KmiOption = None,
+    config: ConfigOption = DEFAULT_CONFIG,
+    json: JsonOption = False,
+) -> None:
+    """Change what a registered key may be used for."""
+    with _open(load_config(config), kmi) as at:
+        _print(lifecycle.set_usage(at.catalog, at.manager, at.kmi, key, _USAGES[usage]), at, json)
 
 
 @app.command("label", epilog="Example: xkiproxy keys label payroll environment=production")

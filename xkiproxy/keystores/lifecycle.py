@@ -145,7 +145,10 @@ def enable_key(
             entry = _new_entry(kmi, _usable(manager.get(key_id), kmi, key_id), usage)
         else:
             if usage is not None:
-                raise KeyManagerError(f"key {key_id}: its usage was set when it was registered")
+                raise KeyManagerError(
+                    f"key {key_id}: its usage was set when it was registered; to change it:"
+                    f" xkiproxy keys usage {key_id} {(usage.name or '').lower()}"
+                )
             _refuse_pending(entry)
             try:
                 info = manager.get(key_id)
@@ -173,6 +176,45 @@ def disable_key(catalog: Catalog, manager: KeyManager, kmi: str, key_id: str) ->
         _refuse_pending(entry)
         _put(catalog, replace(entry, state=KeyState.DISABLED))
     return _changed(catalog, manager, kmi, key_id)
+
+
+def forget_key(catalog: Catalog, kmi: str, key_id: str) -> CatalogEntry:
+    """Take a key out of the catalog, and return what was there; its KMI's key stays as it is.
+
+    Raises:
+        KeyManagerError: it is not registered, it is ENABLED, or it awaits deletion.
+        CatalogError: the catalog cannot be written.
+    """
+    with catalog.locked():
+        entry = _registered(catalog, kmi, key_id)
+        _refuse_pending(entry)
+        if entry.state is KeyState.ENABLED:
+            raise KeyManagerError(
+                f"key {key_id}: it is ENABLED; stop its use first: xkiproxy keys disable {key_id}"
+            )
+        catalog.remove(kmi, key_id)
+    return entry
+
+
+def set_usage(
+    catalog: Catalog, manager: KeyManager, kmi: str, key_id: str, usage: Usage
+) -> ManagedKey:
+    """Change what a key may be used for; raises KeyManagerError, CatalogError."""
+    with catalog.locked():
+        entry = _registered(catalog, kmi, key_id)
+        _refuse_pending(entry)
+        catalog.put(replace(entry, usage=usage))
+    return _changed(catalog, manager, kmi, key_id)
+
+
+def _registered(catalog: Catalog, kmi: str, key_id: str) -> CatalogEntry:
+    entry = catalog.get(kmi, key_id)
+    if entry is None:
+        raise KeyManagerError(
+            f"key {key_id[:128]}: it is not registered at KMI {kmi}; to register one that the KMI"
+            " has: xkiproxy keys enable KEY --usage USAGE"
+        )
+    return entry
 
 
 def label_key(

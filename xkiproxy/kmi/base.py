@@ -41,7 +41,13 @@ class LaneState(StrEnum):
 
 
 class InlineLane(Protocol):
-    """A lane whose operations take microseconds: it runs in the caller, without a queue."""
+    """A lane whose operations take microseconds: it runs in the caller, without a queue.
+
+    `warning` says what is wrong while it executes operations all the same; mostly it is empty.
+    """
+
+    @property
+    def warning(self) -> str: ...
 
     def execute(self, operation: Operation) -> Result:
         """Execute one operation; raises OperationError."""

@@ -196,7 +196,8 @@ class InlineKmi:
     @property
     def lanes(self) -> list[LaneState]:
         """See `Kmi.lanes`: it is never busy when somebody asks."""
-        return [LaneState.FAILED if self.last_error and self.error else LaneState.IDLE]
+        failed = self.state is KmiState.DISCONNECTED and self.last_error is not None
+        return [LaneState.FAILED if failed else LaneState.IDLE]
 
     async def submit(
         self, operation: Operation, deadline: float, timing: Timing | None = None
@@ -225,7 +226,7 @@ class InlineKmi:
         except OperationError as error:
             self._become(KmiState.DISCONNECTED, error.message)
         else:
-            self._become(KmiState.CONNECTED, "")
+            self._become_usable()
 
     async def first_failures(self) -> Sequence[str]:
         """See `Kmi.first_failures`: there is nothing to start."""
@@ -241,10 +242,17 @@ class InlineKmi:
             self._lane.refresh()
         except OperationError as error:
             self._become(KmiState.DISCONNECTED, error.message)
+        else:
+            if self._lane.warning and self.state is KmiState.CONNECTED:
+                self._become_usable()
 
     async def close(self) -> None:
         """Close the lane."""
         self._lane.close()
+
+    def _become_usable(self) -> None:
+        warning = self._lane.warning
+        self._become(KmiState.DEGRADED if warning else KmiState.CONNECTED, warning)
 
     def _become(self, state: KmiState, error: str) -> None:
         self.error = utf8(error)  # it may name a file

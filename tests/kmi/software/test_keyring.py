@@ -198,7 +198,7 @@ def test_the_master_key_comes_from_a_private_file(path: Path, master_key: str) -
 
 
 def test_a_missing_keyring_is_not_made(tmp_path: Path, master_key: str) -> None:
-    refused(tmp_path / "keyring.db", master_key, "xkiproxy init")
+    refused(tmp_path / "keyring.db", master_key, "xkiproxy keyring create")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -10,6 +10,10 @@ damaged row, and tells nothing about the KEK. The nonce is 12 random bytes, so o
 for 2**32 versions. The AAD ties a row to its place: a row that is moved to another key or version
 does not unwrap. What it cannot show is a row that is gone, or a file put back as it was: whoever
 can write the file can do that, and must be kept from it by the file's mode.
+
+A rewrap makes salt, check and every wrapping anew, in one transaction. Another process may do so at
+any time, so whatever is read or written is compared with the check of that moment: a version that
+is wrapped under a master key of the past would be lost.
 """
 
 from __future__ import annotations
@@ -21,7 +25,8 @@ import re
 import sqlite3
 import struct
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import groupby
 from operator import itemgetter
@@ -75,7 +80,7 @@ _KIND = FileKind(
         );
     """,
     error=KeyManagerError,
-    if_missing="restore it from a backup, or make a new one with: xkiproxy init",
+    if_missing="restore it from a backup, or make a new one with: xkiproxy keyring create",
 )
 
 _SELECT = """
@@ -84,6 +89,16 @@ _SELECT = """
     WHERE ?1 IS NULL OR keys.id = ?1
     ORDER BY keys.id, versions.version
 """
+
+_REWRAP = "UPDATE versions SET wrapped = ? WHERE key_id = ? AND version = ?"
+
+_BESIDE = "new master key beside"
+_ELSEWHERE = "new master key elsewhere"
+"""Rows of `meta` that say where the last rewrap wrote its master key: one of them is there."""
+
+
+class MasterKeyChanged(KeyManagerError):
+    """The keyring is under another master key than the one at hand; nothing else is wrong."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,10 +169,7 @@ class Keyring:
             self._existing(connection, key_id)
             connection.execute("DELETE FROM versions WHERE key_id = ?", (key_id,))
             connection.execute("DELETE FROM keys WHERE id = ?", (key_id,))
-        with self._database.reading() as connection:
-            # The log still holds the row until it is carried over and cut off. While another
-            # process reads, this does nothing, and the next one to write does it.
-            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        self._cut_log()
 
     def close(self) -> None:
         """Close the file."""
@@ -176,10 +188,38 @@ class Keyring:
         """Compare the master key with the file once more, as a sign that it can be read."""
         self._compare(self._meta("check"))
 
+    def rewrap(self, master_key: str, place: Path, *, beside: bool) -> int:
+        """Wrap every version anew under another master key, whole or not at all; returns how many.
+
+        `master_key` must be in the file `place`, durably: a moment later nothing else opens the
+        keyring. `beside`: from there it goes to the place of the old one.
+
+        Raises:
+            KeyManagerError: it is the same master key, or a version does not unwrap.
+        """
+        secret = _parse_master_key(master_key, str(place))
+        salt = os.urandom(_SALT_SIZE)
+        check, cipher = _derive(secret, salt, _CHECK_INFO), AESGCM(_derive(secret, salt, _KEK_INFO))
+        self._refuse_same(secret, place)
+        with self._database.writing() as connection:
+            rows = [
+                (_wrapped(cipher, name, spec, number, material), name, number)
+                for name, spec, materials in self._all_sound(connection)
+                for number, material in materials.items()
+            ]
+            connection.executemany(_REWRAP, rows)
+            connection.execute("DELETE FROM meta")
+            where = (_BESIDE if beside else _ELSEWHERE, os.fsencode(place))
+            meta = [("salt", salt), ("check", check), where]
+            connection.executemany("INSERT INTO meta VALUES (?, ?)", meta)
+        self._check, self._cipher, self._source = check, cipher, str(place)
+        with suppress(KeyManagerError):  # it is done: what fails now must not hide where the key is
+            self._cut_log()
+        return len(rows)
+
     def wrap(self, key_id: str, spec: KeySpec, version: int, material: bytes) -> bytes:
         """Wrap the material of one version: 12 bytes of nonce, ciphertext, 16 bytes of tag."""
-        nonce = os.urandom(_NONCE_SIZE)
-        return nonce + self._cipher.encrypt(nonce, material, _binding(key_id, spec, version))
+        return _wrapped(self._cipher, key_id, spec, version, material)
 
     def _unwrap(self, key_id: str, spec: KeySpec, version: int, wrapped: bytes) -> bytes:
         nonce, ciphertext = wrapped[:_NONCE_SIZE], wrapped[_NONCE_SIZE:]
@@ -200,6 +240,32 @@ class Keyring:
             "INSERT INTO versions VALUES (?, ?, ?, ?)", (key_id, version, wrapped, created)
         )
 
+    def _cut_log(self) -> None:
+        """Have what was deleted or overwritten leave the file's log, too."""
+        with self._database.reading() as connection:
+            # The log still holds the rows until it is carried over and cut off. While another
+            # process reads, this does nothing, and the next one to write does it.
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+
+    def _refuse_same(self, secret: bytes, place: Path) -> None:
+        if hmac.compare_digest(_derive(secret, self._meta("salt"), _CHECK_INFO), self._check):
+            raise KeyManagerError(
+                f"keyring {self._database.path}: {place} holds the master key that it has already;"
+                " nothing was changed"
+            )
+
+    def _all_sound(
+        self, connection: sqlite3.Connection
+    ) -> Iterator[tuple[str, KeySpec, Mapping[int, bytes]]]:
+        """Every key; refuses if one does not unwrap, which a rewrap would put beyond repair."""
+        for key in self._read(connection, None):
+            if key.info.problem:
+                raise KeyManagerError(
+                    f"{self._place(key.info.key_id)}: {key.info.problem}, or delete the key;"
+                    " nothing was changed"
+                )
+            yield key.info.key_id, key.spec, key.materials
+
     def _existing(self, connection: sqlite3.Connection, key_id: str) -> KeyInfo:
         keys = self._read(connection, key_id)
         if not keys:
@@ -209,6 +275,8 @@ class Keyring:
     def _read(self, connection: sqlite3.Connection, key_id: str | None) -> Sequence[UnwrappedKey]:
         # One statement, so that keys and versions are of the same moment.
         rows = connection.execute(_SELECT, (key_id,)).fetchall()
+        # A rewrap never goes back: if the check is ours now, the rows were ours.
+        self._compare(self._meta("check"))
         groups = groupby(rows, key=itemgetter(0, 1, 2))
         return [self._key(name, KeySpec(spec), made, g) for (name, spec, made), g in groups]
 
@@ -229,20 +297,39 @@ class Keyring:
         return UnwrappedKey(info, spec, {} if problem else materials)
 
     def _meta(self, name: str) -> bytes:
-        with self._database.reading() as connection:
-            row = connection.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
-        if row is None:
+        value = self._meta_or_none(name)
+        if value is None:
             raise KeyManagerError(
                 f"keyring {self._database.path}: its {name} is gone; restore it from a backup"
             )
-        return bytes(row[0])
+        return value
+
+    def _meta_or_none(self, name: str) -> bytes | None:
+        with self._database.reading() as connection:
+            row = connection.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
+        return None if row is None else bytes(row[0])
 
     def _compare(self, check: bytes) -> None:
         if not hmac.compare_digest(check, self._check):
-            raise KeyManagerError(
+            raise MasterKeyChanged(
                 f"keyring {self._database.path}: the master key in {self._source} is not the one"
-                " that this keyring was made with"
+                f" that this keyring is wrapped under{self._whereabouts()}"
             )
+
+    def _whereabouts(self) -> str:
+        """Where the master key is that the last rewrap has made, as far as the keyring knows."""
+        beside, elsewhere = self._meta_or_none(_BESIDE), self._meta_or_none(_ELSEWHERE)
+        if beside is not None and os.path.lexists(beside):
+            return (
+                f"; a rewrap that was interrupted left that in {os.fsdecode(beside)}:"
+                " finish it with: xkiproxy keyring rewrap"
+            )
+        if elsewhere is not None:
+            return (
+                f"; the last rewrap wrote that to {os.fsdecode(elsewhere)}:"
+                f" it belongs into {self._source}"
+            )
+        return ""
 
     def _place(self, key_id: str) -> str:
         return f"keyring {self._database.path}: key {key_id}"
@@ -290,6 +377,11 @@ def _parse_master_key(text: str, source: str) -> bytes:
 
 def _derive(secret: bytes, salt: bytes, info: bytes) -> bytes:
     return HKDF(algorithm=SHA256(), length=32, salt=salt, info=info).derive(secret)
+
+
+def _wrapped(cipher: AESGCM, key_id: str, spec: KeySpec, version: int, material: bytes) -> bytes:
+    nonce = os.urandom(_NONCE_SIZE)
+    return nonce + cipher.encrypt(nonce, material, _binding(key_id, spec, version))
 
 
 def _binding(key_id: str, spec: KeySpec, version: int) -> bytes:

@@ -43,7 +43,7 @@ from xkiproxy.crypto.operations import (
     invalid_ciphertext,
 )
 from xkiproxy.kmi.base import KeyInfo, KeyManagerError
-from xkiproxy.kmi.software.keyring import Keyring, UnwrappedKey
+from xkiproxy.kmi.software.keyring import Keyring, MasterKeyChanged, UnwrappedKey
 
 _ENVELOPE = CiphertextFormat.ENVELOPE
 _GCM_IV_SIZE = IV_SIZES[Algorithm.AES_GCM]
@@ -113,6 +113,7 @@ class SoftwareLane:
         self._keys: dict[str, _Key] = {}
         self._unusable: frozenset[str] = frozenset()
         self._generation: tuple[int, int] | None = None
+        self.warning = ""
         self.refresh()
 
     def execute(self, operation: Operation) -> Result:
@@ -135,6 +136,8 @@ class SoftwareLane:
         """Read the file and try the ciphers; raises OperationError (`UNAVAILABLE`)."""
         try:
             self._keyring.check_master_key()
+        except MasterKeyChanged as error:
+            self._go_on(error)
         except KeyManagerError as error:
             raise OperationError(Fault.UNAVAILABLE, str(error)) from None
         cipher, nonce, text = AESGCM(urandom(32)), urandom(_GCM_IV_SIZE), urandom(BLOCK_SIZE)
@@ -142,14 +145,23 @@ class SoftwareLane:
             raise OperationError(Fault.UNAVAILABLE, "AES-GCM does not decrypt what it encrypted.")
 
     def refresh(self) -> None:
-        """Take over what other processes changed; raises OperationError (`UNAVAILABLE`)."""
+        """Take over what other processes changed; raises OperationError (`UNAVAILABLE`).
+
+        From a keyring that has come under another master key nothing can be taken over any more:
+        then the keys stay as they were, and `warning` says so.
+        """
         try:
             generation = self._keyring.generation()
             if generation == self._generation:
                 return
             keys = self._keyring.unwrap_all()
+        except MasterKeyChanged as error:
+            self._go_on(error)
+            self._generation = generation
+            return
         except KeyManagerError as error:
             raise OperationError(Fault.UNAVAILABLE, str(error)) from None
+        self.warning = ""
         self._keys = {key.info.key_id: _Key(key) for key in keys if not key.info.problem}
         self._unusable = frozenset(key.info.key_id for key in keys if key.info.problem)
         self._generation = generation
@@ -200,6 +212,14 @@ class SoftwareLane:
         info = key.info
         return KeyDescription(info.key_id, key.spec, info.usage, info.version, info.created)
 
+    def _go_on(self, error: MasterKeyChanged) -> None:
+        self.warning = f"serves its keys as they were before a rewrap, restart the server: {error}"
+
+    def _refuse_unseen(self) -> None:
+        """What is not in memory may be in the keyring: without its master key nobody can say no."""
+        if self.warning:
+            raise OperationError(Fault.UNAVAILABLE, self.warning)
+
     def _find(self, key_id: str) -> _Key:
         """A key that is not in memory as it should be: another process may have changed it."""
         self.refresh()
@@ -208,6 +228,7 @@ class SoftwareLane:
             return key
         if key_id in self._unusable:
             raise OperationError(Fault.KEY_UNUSABLE, "The key's material cannot be used.")
+        self._refuse_unseen()
         raise OperationError(Fault.KEY_NOT_FOUND, "There is no such key.")
 
     def _version(self, key: _Key, operation: Decrypt) -> tuple[_Version, int]:
@@ -221,6 +242,7 @@ class SoftwareLane:
             # Another process may just have rotated the key.
             version = self._find(operation.key_id).versions.get(number)
             if version is None:
+                self._refuse_unseen()
                 raise invalid_ciphertext()
         return version, number
 
