@@ -56,8 +56,8 @@ async def _open_all(settings: Config) -> None:
         await runtime.start()
         problems = [Problem("kmi", text) for text in await _kmi_problems(runtime)]
         for i, (store, tenant) in enumerate(zip(settings.keystore, runtime.tenants, strict=True)):
-            form = store.ciphertext_format
-            for why in await disagreements(tenant.store.kmis, runtime.catalog, form):
+            form, held = store.ciphertext_format, tenant.store
+            for why in await disagreements(held.kmis, runtime.catalog, form, held.keys):
                 problems.append(Problem(f"keystore[{i}].kmi", why))
         for i, why in await unreachable(settings.audit):
             problems.append(Problem(f"audit.sink[{i}]", why))

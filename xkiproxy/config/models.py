@@ -602,6 +602,21 @@ def _path_prefix(value: str) -> str:
     return value
 
 
+_KEY_PATTERN = re.compile(r"[A-Za-z0-9._*-]{1,128}")
+
+
+def _key_pattern(value: str) -> str:
+    if not _KEY_PATTERN.fullmatch(value):
+        raise ValueError('write a key ID such as "cards", or with * for any characters: "cards-*"')
+    return value
+
+
+def _not_without_keys(value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    if value == ():
+        raise ValueError("admits no key; leave it out to admit all")
+    return value
+
+
 def _network(value: Any) -> Network:
     try:
         return ipaddress.ip_network(str(value))
@@ -657,6 +672,23 @@ class KeystoreSettings(Section):
     kmi: Annotated[tuple[Name, ...], Field(min_length=1)]
     """The KMIs that hold its keys, in order of preference: the next takes over when one is away
     (below).
+    """
+
+    keys: Annotated[
+        tuple[
+            Annotated[
+                str,
+                AfterValidator(_key_pattern),
+                WithJsonSchema({"type": "string", "pattern": _KEY_PATTERN.pattern}),
+            ],
+            ...,
+        ]
+        | None,
+        AfterValidator(_not_without_keys),
+    ] = None
+    """Only these keys of the KMIs may be used: `["payroll-*", "cards"]`. A `*` stands for any
+    characters or none, everything else for itself, and the whole ID must match, in the same case.
+    Any other key is answered as one that does not exist. Without it all keys may be used.
     """
 
     credentials: SecretSource

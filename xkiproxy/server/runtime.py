@@ -38,6 +38,7 @@ from xkiproxy.keystores.encryptions import (
     most_used,
 )
 from xkiproxy.keystores.failover import Failover
+from xkiproxy.keystores.key_patterns import KeyPatterns
 from xkiproxy.keystores.keystore import KeyStore
 from xkiproxy.keystores.last_use import LastUse, last_use_path
 from xkiproxy.keystores.lifecycle import due_entries, purge_due
@@ -195,6 +196,7 @@ class Runtime:
             quotas=self._quotas(settings),
             failover=self._failover(settings),
             encryptions=self.encryptions,
+            keys=None if settings.keys is None else KeyPatterns(settings.keys),
         )
         protocol, networks = PROTOCOLS[settings.protocol](settings), settings.source_networks
         return Tenant(
