@@ -1,4 +1,4 @@
-"""What `xkiproxy check` says of key managers with several addresses."""
+"""What `xkiproxy check` says: of key managers with several addresses, and in its remarks."""
 
 from __future__ import annotations
 
@@ -45,3 +45,55 @@ def test_each_address_is_tried(tmp_path: Path, site: TransitSite, lanes: int) ->
             text.startswith(f"kmi bao, a lane: {named}: cannot be reached") for text in problems
         )
         assert (done.returncode != 0) == bool(named)
+
+
+SHARED = """
+[[keystore]]
+name = "second"
+protocol = "xki"
+path_prefix = "/second"
+kmi = ["local"]
+credentials = "credentials/demo.toml"
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    assert xkiproxy("init", tmp_path / "proxy").returncode == 0
+    return tmp_path / "proxy" / "xkiproxy.toml"
+
+
+def remarks(config: Path, status: int = 0) -> list[str]:
+    done = xkiproxy("check", "--config", config)
+    assert done.returncode == status, done.stderr
+    assert ("no problems" in done.stdout) == (status == 0)
+    lines = done.stderr.splitlines()
+    return [line.removeprefix("remark: ") for line in lines if line.startswith("remark: ")]
+
+
+def test_key_stores_that_can_use_each_others_keys(config: Path) -> None:
+    base = config.read_text()
+    assert remarks(config) == []
+    config.write_text(base + SHARED)
+    demo, second = remarks(config)
+    assert demo.startswith("key store demo shares a KMI with second and has neither keys nor")
+    assert second.startswith("key store second shares a KMI with demo")
+    config.write_text(base + SHARED + 'keys = ["second-*"]\n')
+    (demo,) = remarks(config)
+    assert demo.startswith("key store demo ")
+    config.write_text(base + 'keys = ["demo-*"]\n' + SHARED + 'keys = ["second-*"]\n')
+    assert remarks(config) == []
+
+
+def test_remarks_come_after_the_problems_and_are_none_of_them(config: Path) -> None:
+    config.write_text(config.read_text() + SHARED)
+    (config.parent / "tls" / "server.crt").write_text("nonsense")
+    done = xkiproxy("check", "--config", config, "--json")
+    assert done.returncode == 1
+    (problem,) = json.loads(done.stdout)
+    assert problem["where"] == "server.tls"
+    said = done.stderr
+    assert 0 < said.index("1 problem(s)") < said.index("remark: key store demo ")
+    assert len(remarks(config, status=1)) == 2
+    config.write_text("nonsense")
+    assert remarks(config, status=1) == []

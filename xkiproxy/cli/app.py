@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from typing import Annotated
 
@@ -23,7 +22,7 @@ from xkiproxy.cli import (
     reload,
     serve,
 )
-from xkiproxy.cli.common import CommandError, err
+from xkiproxy.cli.common import CommandError, print_failure
 from xkiproxy.config import ConfigError
 from xkiproxy.config.secrets import SecretError
 from xkiproxy.hardening import forbid_core_dumps
@@ -31,7 +30,6 @@ from xkiproxy.keystores.catalog import CatalogError
 from xkiproxy.keystores.credentials import CredentialError
 from xkiproxy.keystores.policies import PolicyError
 from xkiproxy.kmi.base import KeyManagerError
-from xkiproxy.observability.logging import for_journal
 
 app = typer.Typer(
     name="xkiproxy",
@@ -83,6 +81,5 @@ def main() -> None:
         PolicyError,
         SecretError,
     ) as error:
-        said = for_journal(f"xkiproxy: {error}", logging.ERROR)  # a service that cannot start
-        err.print(said, markup=False, style="red")
+        print_failure(error)
         sys.exit(1)

@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from xkiproxy.cli.common import DEFAULT_CONFIG, ConfigOption, JsonOption, out, print_json
+import typer
+
+from xkiproxy.cli.common import (
+    DEFAULT_CONFIG,
+    ConfigOption,
+    JsonOption,
+    err,
+    out,
+    print_failure,
+    print_json,
+)
 from xkiproxy.config import Config, ConfigError, Problem, load_config
 from xkiproxy.observability.logging import utf8
 
@@ -20,6 +31,8 @@ def check(config: ConfigOption = DEFAULT_CONFIG, as_json: JsonOption = False) ->
 
     It opens files, keys and key managers as `serve` would, and looks whether the key managers of a
     key store decrypt what the others encrypt. It changes nothing and may run beside a server.
+    Remarks, on what works and may not be meant, come last, on standard error; the exit status and
+    --json are of the problems alone.
 
     Example: xkiproxy check --config /etc/xkiproxy/xkiproxy.toml
     """
@@ -27,9 +40,13 @@ def check(config: ConfigOption = DEFAULT_CONFIG, as_json: JsonOption = False) ->
     if as_json:
         print_json([{"where": p.where, "what": utf8(p.what)} for p in problems])
     if problems:
-        raise ConfigError(config, problems)
-    if not as_json:
+        print_failure(ConfigError(config, problems))
+    elif not as_json:
         out.print(f"{config}: no problems", markup=False)
+    for text in _remarks(config):
+        err.print(f"remark: {text}", markup=False)
+    if problems:
+        raise typer.Exit(1)
 
 
 def _problems(path: Path) -> list[Problem]:
@@ -43,6 +60,33 @@ def _problems(path: Path) -> list[Problem]:
     except ConfigError as error:
         found = error.problems + found
     return found
+
+
+def _remarks(path: Path) -> list[str]:
+    """What is worth saying although it is no mistake."""
+    try:
+        settings = load_config(path)
+    except ConfigError:
+        return []
+    return [text for remark in _REMARKS for text in remark(settings)]
+
+
+def _shared_kmis(settings: Config) -> Iterator[str]:
+    for store in settings.keystore:
+        others = [
+            other.name
+            for other in settings.keystore
+            if other is not store and set(other.kmi) & set(store.kmi)
+        ]
+        if others and store.keys is None and store.policies is None:
+            yield (
+                f"key store {store.name} shares a KMI with {', '.join(others)} and has neither"
+                " keys nor policies: whoever has its credentials may use all keys there"
+            )
+
+
+_REMARKS: tuple[Callable[[Config], Iterator[str]], ...] = (_shared_kmis,)
+"""Each says what it finds, a text each, and nothing where it cannot look: that is a problem."""
 
 
 async def _open_all(settings: Config) -> None:
