@@ -6,9 +6,11 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from harness import make_certificate
 from test_end_to_end import free_ports
 from transit import TransitSite
 
@@ -97,3 +99,36 @@ def test_remarks_come_after_the_problems_and_are_none_of_them(config: Path) -> N
     assert len(remarks(config, status=1)) == 2
     config.write_text("nonsense")
     assert remarks(config, status=1) == []
+
+
+@pytest.mark.parametrize(
+    ("begins", "ends", "said"),
+    [(-9, -1, "expired on 20"), (1, 9, "is not valid before 20")],
+)
+def test_a_certificate_out_of_its_time(config: Path, begins: int, ends: int, said: str) -> None:
+    make_certificate(
+        config.parent / "tls", begins=timedelta(days=begins), ends=timedelta(days=ends)
+    )
+    done = xkiproxy("check", "--config", config, "--json")
+    (problem,) = json.loads(done.stdout)
+    assert done.returncode == 1
+    assert problem["where"] == "server.tls"
+    assert f"server.crt: {said}" in problem["what"]
+
+
+def test_what_is_said_of_a_certificate(config: Path) -> None:
+    tls = config.parent / "tls"
+    make_certificate(tls, ends=timedelta(days=31, hours=1))
+    assert remarks(config) == []
+    make_certificate(tls, ends=timedelta(days=3, hours=1))
+    (soon,) = remarks(config)
+    assert soon.endswith("server.crt: expires within 4 days: renew it")
+    config.write_text(config.read_text().replace('"xki"', '"xks"'))
+    authority = make_certificate(tls, "ca", common_name="Test CA", dns_names=())
+    far = timedelta(days=90)
+    make_certificate(tls, issuer=authority, ends=far)
+    assert [text for text in remarks(config) if "server.crt" in text] == []
+    make_certificate(tls, issuer=authority, ends=far, common_name="")
+    assert "server.crt: its subject has no common name" in "".join(remarks(config))
+    make_certificate(tls, ends=far)
+    assert "server.crt: is self-issued" in "".join(remarks(config))

@@ -11,7 +11,7 @@ import threading
 import time
 import tomllib
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -94,6 +94,30 @@ def test_the_certificate_is_replaced(server: Workers) -> None:
     old.request("POST", path, body, server.cloud.headers(path, body))
     assert old.getresponse().read().startswith(b'{"RequestId"')
     old.close()
+
+
+@pytest.mark.parametrize(("begins", "ends"), [(-9, -1), (1, 9)], ids=["expired", "too early"])
+def test_a_certificate_out_of_its_time_replaces_none(
+    server: Workers, begins: int, ends: int
+) -> None:
+    """It is served after a start, for then there is none to keep: who pins it may still come."""
+    before = presented(server)
+    make_certificate(
+        server.directory / "tls", begins=timedelta(days=begins), ends=timedelta(days=ends)
+    )
+    said = "expired on" if ends < 0 else "is not valid before"
+    assert f"server.crt: {said}" in refused(server)
+    assert {presented(server) for _ in range(8)} == {before}
+    assert everywhere(server, server.cloud) == {200}
+    server.stop()
+    server.start()
+    assert presented(server) != before
+    (line, *_) = [line for line in server.output.read_text().splitlines() if "all the same" in line]
+    assert "ERROR" in line
+    assert f"server.crt: {said}" in line
+    # And it keeps nobody from changing the rest.
+    server.run("credentials", "add")
+    assert "has the new credential" in reload(server)[0]
 
 
 def test_key_stores_come_and_go(server: Workers) -> None:

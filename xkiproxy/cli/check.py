@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
+from cryptography.x509.oid import NameOID
 
 from xkiproxy.cli.common import (
     DEFAULT_CONFIG,
@@ -20,10 +22,15 @@ from xkiproxy.cli.common import (
     print_json,
 )
 from xkiproxy.config import Config, ConfigError, Problem, load_config
+from xkiproxy.config.tls import TlsError, parse_certificate, read_pem
 from xkiproxy.observability.logging import utf8
+from xkiproxy.protocols.registry import CONSOLES
 
 if TYPE_CHECKING:
     from xkiproxy.server.runtime import Runtime
+
+_SOON_DAYS = 30
+"""When the alert on the date begins too."""
 
 
 def check(config: ConfigOption = DEFAULT_CONFIG, as_json: JsonOption = False) -> None:
@@ -85,7 +92,33 @@ def _shared_kmis(settings: Config) -> Iterator[str]:
             )
 
 
-_REMARKS: tuple[Callable[[Config], Iterator[str]], ...] = (_shared_kmis,)
+def _certificate(settings: Config) -> Iterator[str]:
+    if settings.server.tls is None:
+        return
+    file = settings.server.tls.certificate
+    try:
+        certificate = parse_certificate(read_pem(file))
+    except TlsError:
+        return
+    days = (certificate.not_valid_after_utc - datetime.now(UTC)).days
+    if 0 <= days < _SOON_DAYS:
+        yield f"{file}: expires within {days + 1} days: renew it"
+    wary = [s.name for s in settings.keystore if not CONSOLES[s.protocol].pins_certificate]
+    if not wary:
+        return
+    if certificate.issuer == certificate.subject:
+        yield (
+            f"{file}: is self-issued, and the cloud of {', '.join(wary)} connects only to the"
+            " certificate of a public authority; unless something in front ends its TLS, get one"
+        )
+    if not certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME):
+        yield (
+            f"{file}: its subject has no common name, and the cloud of {', '.join(wary)} wants"
+            " one that matches the host of the proxy"
+        )
+
+
+_REMARKS: tuple[Callable[[Config], Iterator[str]], ...] = (_shared_kmis, _certificate)
 """Each says what it finds, a text each, and nothing where it cannot look: that is a problem."""
 
 
@@ -99,6 +132,8 @@ async def _open_all(settings: Config) -> None:
     try:
         await runtime.start()
         problems = [Problem("kmi", text) for text in await _kmi_problems(runtime)]
+        if runtime.untimely:
+            problems.append(Problem("server.tls", runtime.untimely))
         for i, (store, tenant) in enumerate(zip(settings.keystore, runtime.tenants, strict=True)):
             form, held = store.ciphertext_format, tenant.store
             for why in await disagreements(held.kmis, runtime.catalog, form, held.keys):
