@@ -132,3 +132,30 @@ def test_what_is_said_of_a_certificate(config: Path) -> None:
     assert "server.crt: its subject has no common name" in "".join(remarks(config))
     make_certificate(tls, ends=far)
     assert "server.crt: is self-issued" in "".join(remarks(config))
+
+
+def test_credentials_that_aws_would_not_take(config: Path) -> None:
+    credentials = config.parent / "credentials" / "demo.toml"
+    listed = '[[credential]]\naccess_key_id = "{}"\naccess_key_secret = "{}"\ncreated = ""\n'
+    good = ("XKSABCDEFGHIJKLMNOPQ", "s" * 43)
+    table = [good, ("short234", "s" * 43), (good[0] + "2" * 11, "s" * 43), ("A" * 20, "s" * 42)]
+    credentials.write_text("".join(listed.format(*row) for row in table))
+    assert remarks(config) == []
+    config.write_text(config.read_text().replace('"xki"', '"xks"'))
+    said = [text for text in remarks(config) if "credential " in text]
+    assert len(said) == 3
+    assert said[0] == (
+        "key store demo, credential short234: AWS takes an access key ID of 20 to 30 of A-Z 2-7"
+    )
+    assert "of A-Z 2-7" in said[1]
+    assert "credential AAAAAAAAAAAAAAAAAAAA: AWS takes a secret of 43 to 64" in said[2]
+    assert "ssss" not in "".join(said)
+
+
+def test_an_admin_listener_that_others_reach(config: Path) -> None:
+    base = config.read_text()
+    for address, said in (("0.0.0.0:9464", 1), ("[::1]:9464", 0), ("localhost:9464", 0)):
+        config.write_text(base.replace("127.0.0.1:9464", address))
+        found = remarks(config)
+        assert len(found) == said
+        assert all("has no authentication" in text for text in found)

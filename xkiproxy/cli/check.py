@@ -22,7 +22,10 @@ from xkiproxy.cli.common import (
     print_json,
 )
 from xkiproxy.config import Config, ConfigError, Problem, load_config
+from xkiproxy.config.models import is_loopback, split_address
+from xkiproxy.config.secrets import SecretError
 from xkiproxy.config.tls import TlsError, parse_certificate, read_pem
+from xkiproxy.keystores.credentials import CredentialError, load_credentials
 from xkiproxy.observability.logging import utf8
 from xkiproxy.protocols.registry import CONSOLES
 
@@ -118,7 +121,30 @@ def _certificate(settings: Config) -> Iterator[str]:
         )
 
 
-_REMARKS: tuple[Callable[[Config], Iterator[str]], ...] = (_shared_kmis, _certificate)
+def _credentials(settings: Config) -> Iterator[str]:
+    for store in settings.keystore:
+        try:
+            credentials = load_credentials(store.credentials)
+        except (CredentialError, SecretError):
+            continue
+        for credential in credentials:
+            pair = credential.access_key_id, credential.access_key_secret
+            if why := CONSOLES[store.protocol].mistrusted(pair):
+                yield f"key store {store.name}, credential {credential.access_key_id}: {why}"
+
+
+def _admin_listener(settings: Config) -> Iterator[str]:
+    address = settings.server.admin_listen
+    if not is_loopback(split_address(address)[0]):
+        yield f"server.admin_listen: {address} has no authentication: let only your own reach it"
+
+
+_REMARKS: tuple[Callable[[Config], Iterator[str]], ...] = (
+    _shared_kmis,
+    _certificate,
+    _credentials,
+    _admin_listener,
+)
 """Each says what it finds, a text each, and nothing where it cannot look: that is a problem."""
 
 
