@@ -69,7 +69,14 @@ def test_credentials_are_rotated(server: Workers) -> None:
     host = server.cloud.host
     fresh = Cloud(added["access_key_id"], added["access_key_secret"], host=host)
     assert everywhere(server, fresh) == {401}
+    warning = f"does not know {fresh.access_key_id} yet: run xkiproxy reload"
+    older = server.cloud.access_key_id
+    asked = server.run("kms-config", "--json")
+    assert warning in asked.stderr
+    assert json.loads(asked.stdout)["AccessKeyId"] == fresh.access_key_id
+    assert "reload" not in server.run("kms-config", "--access-key-id", older).stderr
     assert reload(server) == [f"key store demo has the new credential {fresh.access_key_id}"]
+    assert "reload" not in server.run("kms-config").stderr
     assert everywhere(server, fresh) == {200} == everywhere(server, server.cloud)
     server.run("credentials", "revoke", server.cloud.access_key_id)
     (change,) = reload(server)
@@ -245,6 +252,7 @@ def test_under_load_nothing_is_lost(server: Workers) -> None:
 def test_without_a_server(tmp_path: Path) -> None:
     made = Installation(tmp_path / "demo")
     assert "is the server running?" in made.run("reload", status=1).stderr
+    assert made.run("kms-config").stderr == ""
 
 
 def test_the_date_of_the_oldest_credential_is_shown(server: Workers) -> None:
