@@ -142,10 +142,13 @@ def make_certificate(
     common_name: str = "localhost",
     dns_names: tuple[str, ...] = ("localhost",),
     issuer: tuple[x509.Certificate, ec.EllipticCurvePrivateKey] | None = None,
+    begins: timedelta = timedelta(hours=-1),
+    ends: timedelta = timedelta(days=2),
 ) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
     """A certificate and its key, in `<name>.crt` and `<name>.key`; self-signed without issuer."""
     key = ec.generate_private_key(ec.SECP256R1())
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
+    attributes = [x509.NameAttribute(NameOID.COMMON_NAME, common_name)] if common_name else []
+    subject = x509.Name(attributes)
     now = datetime.now(UTC)
     builder = (
         x509.CertificateBuilder()
@@ -153,8 +156,8 @@ def make_certificate(
         .issuer_name(issuer[0].subject if issuer else subject)
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(hours=1))
-        .not_valid_after(now + timedelta(days=2))
+        .not_valid_before(now + begins)
+        .not_valid_after(now + ends)
     )
     if dns_names:
         names = [x509.DNSName(dns_name) for dns_name in dns_names]

@@ -261,3 +261,17 @@ def test_round_trip_with_a_server(tmp_path: Path) -> None:
         printed = subprocess.run(line, shell=True, capture_output=True, text=True, check=False)
         assert printed.returncode == 0, printed.stderr
         assert "ACTIVE" in printed.stdout
+
+
+def test_a_wrong_path_is_answered_in_the_words_of_the_other_protocol(
+    run: Run, xks_site: Site, xks_server: Server
+) -> None:
+    xks_server.status = 404
+    xks_server.answer = b'{"RequestId": "r", "Code": "XkiNotFound", "Message": "No such path."}'
+    failed = run("call", "health", "--path", "/demo", "-c", xks_site.config)
+    assert failed.status == 1
+    assert "HTTP 404 XkiNotFound: No such path." in failed.err
+    assert "ends in /kms/xks/v1 (--path)" in failed.err
+    right = run("call", "health", "--path", "/no/kms/xks/v1", "-c", xks_site.config)
+    assert "XkiNotFound" in right.err
+    assert "--path" not in right.err

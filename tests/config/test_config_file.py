@@ -64,6 +64,9 @@ def test_the_file_of_the_documentation(tmp_path: Path) -> None:
         ('listen = "0.0.0.0:8443"', 'listen = "8443"', "server.listen", "host:port"),
         ('listen = "0.0.0.0:8443"', 'listen = "a:99999"', "server.listen", "host:port"),
         ('listen = "0.0.0.0:8443"', "listen = 8443", "server.listen", "valid string"),
+        ('"127.0.0.1:9464"', '"0.0.0.0:8443"', "server", "need the same port"),
+        ('"127.0.0.1:9464"', '"127.0.0.1:8443"', "server", "need the same port"),
+        ('"127.0.0.1:9464"', '"[::]:8443"', "server", "need the same port"),
         ("workers = 1", "workers = 0", "server.workers", "greater than or equal to 1"),
         ("workers = 1", "workerz = 1", "server.workerz", "unknown key"),
         ("workers = 1", "max_body_bytes = 1", "server.max_body_bytes", "1024"),
@@ -91,6 +94,8 @@ def test_the_file_of_the_documentation(tmp_path: Path) -> None:
         ('protocol = "xki"', 'protocol = "soap"', "keystore[0].protocol", "xki"),
         ('path_prefix = "/demo"', 'path_prefix = "demo"', "keystore[0].path_prefix", '"/name"'),
         ('path_prefix = "/demo"', 'path_prefix = "/a b"', "keystore[0].path_prefix", '"/name"'),
+        ('"/demo"', '"/demo/kms/xki/v1"', "keystore[0].path_prefix", 'write "/demo"'),
+        ('"/demo"', '"/kms/xks/v1"', "keystore[0].path_prefix", 'write ""'),
         ('kmi = ["local"]', "kmi = []", "keystore[0].kmi", "at least 1"),
         ('kmi = ["local"]', 'kmi = "local"', "keystore[0].kmi", "tuple"),
         (

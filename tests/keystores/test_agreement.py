@@ -12,6 +12,7 @@ from xkiproxy.crypto.algorithms import KeySpec, Usage
 from xkiproxy.crypto.operations import CiphertextFormat, KeyState
 from xkiproxy.keystores.agreement import disagreements
 from xkiproxy.keystores.catalog import CatalogEntry
+from xkiproxy.keystores.key_patterns import KeyPatterns
 from xkiproxy.keystores.sqlite_catalog import SqliteCatalog
 from xkiproxy.kmi.base import KmiState
 from xkiproxy.kmi.dispatcher import InlineKmi, KmiMetrics
@@ -48,11 +49,13 @@ class Pair:
     ) -> None:
         self.catalog.put(CatalogEntry(kmi, key, state, usage, 0.0))
 
-    async def look(self, form: CiphertextFormat = ENVELOPE) -> list[str]:
+    async def look(
+        self, form: CiphertextFormat = ENVELOPE, keys: KeyPatterns | None = None
+    ) -> list[str]:
         for kmi in self.kmis:
             kmi.refresh(True)
             await kmi.check()
-        return await disagreements(self.kmis, self.catalog, form)
+        return await disagreements(self.kmis, self.catalog, form, keys)
 
 
 @pytest.fixture
@@ -103,3 +106,10 @@ async def test_nothing_secret_is_said(pair: Pair, monkeypatch: pytest.MonkeyPatc
     pair.keyrings[1].destroy("aes")
     pair.keyrings[1].create("aes", KeySpec.AES_256)
     assert "pppp" not in "".join(await pair.look())
+
+
+async def test_a_key_outside_of_the_key_store_is_not_tried(pair: Pair) -> None:
+    pair.keyrings[1].destroy("aes")
+    pair.keyrings[1].create("aes", KeySpec.AES_256)
+    assert await pair.look(keys=KeyPatterns(["sm*"])) == []
+    assert len(await pair.look(keys=KeyPatterns(["a*"]))) == 2

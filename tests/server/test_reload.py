@@ -11,7 +11,7 @@ import threading
 import time
 import tomllib
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -69,7 +69,14 @@ def test_credentials_are_rotated(server: Workers) -> None:
     host = server.cloud.host
     fresh = Cloud(added["access_key_id"], added["access_key_secret"], host=host)
     assert everywhere(server, fresh) == {401}
+    warning = f"does not know {fresh.access_key_id} yet: run xkiproxy reload"
+    older = server.cloud.access_key_id
+    asked = server.run("kms-config", "--json")
+    assert warning in asked.stderr
+    assert json.loads(asked.stdout)["AccessKeyId"] == fresh.access_key_id
+    assert "reload" not in server.run("kms-config", "--access-key-id", older).stderr
     assert reload(server) == [f"key store demo has the new credential {fresh.access_key_id}"]
+    assert "reload" not in server.run("kms-config").stderr
     assert everywhere(server, fresh) == {200} == everywhere(server, server.cloud)
     server.run("credentials", "revoke", server.cloud.access_key_id)
     (change,) = reload(server)
@@ -94,6 +101,30 @@ def test_the_certificate_is_replaced(server: Workers) -> None:
     old.request("POST", path, body, server.cloud.headers(path, body))
     assert old.getresponse().read().startswith(b'{"RequestId"')
     old.close()
+
+
+@pytest.mark.parametrize(("begins", "ends"), [(-9, -1), (1, 9)], ids=["expired", "too early"])
+def test_a_certificate_out_of_its_time_replaces_none(
+    server: Workers, begins: int, ends: int
+) -> None:
+    """It is served after a start, for then there is none to keep: who pins it may still come."""
+    before = presented(server)
+    make_certificate(
+        server.directory / "tls", begins=timedelta(days=begins), ends=timedelta(days=ends)
+    )
+    said = "expired on" if ends < 0 else "is not valid before"
+    assert f"server.crt: {said}" in refused(server)
+    assert {presented(server) for _ in range(8)} == {before}
+    assert everywhere(server, server.cloud) == {200}
+    server.stop()
+    server.start()
+    assert presented(server) != before
+    (line, *_) = [line for line in server.output.read_text().splitlines() if "all the same" in line]
+    assert "ERROR" in line
+    assert f"server.crt: {said}" in line
+    # And it keeps nobody from changing the rest.
+    server.run("credentials", "add")
+    assert "has the new credential" in reload(server)[0]
 
 
 def test_key_stores_come_and_go(server: Workers) -> None:
@@ -221,6 +252,7 @@ def test_under_load_nothing_is_lost(server: Workers) -> None:
 def test_without_a_server(tmp_path: Path) -> None:
     made = Installation(tmp_path / "demo")
     assert "is the server running?" in made.run("reload", status=1).stderr
+    assert made.run("kms-config").stderr == ""
 
 
 def test_the_server_of_another_directory_is_refused(server: Workers, tmp_path: Path) -> None:

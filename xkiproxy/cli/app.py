@@ -8,7 +8,6 @@ command would wait.
 
 from __future__ import annotations
 
-import logging
 import sys
 from importlib import import_module
 from typing import Annotated
@@ -16,9 +15,8 @@ from typing import Annotated
 import typer
 
 from xkiproxy import __version__
-from xkiproxy.cli.common import err
+from xkiproxy.cli.common import print_failure
 from xkiproxy.hardening import forbid_core_dumps
-from xkiproxy.observability.logging import for_journal
 
 COMMANDS = (
     "init", "serve", "check", "reload", "keys", "keyring", "credentials", "policy", "fingerprint",
@@ -70,8 +68,7 @@ def main() -> None:
     except Exception as error:
         if not isinstance(error, _expected()):
             raise
-        said = for_journal(f"xkiproxy: {error}", logging.ERROR)  # a service that cannot start
-        err.print(said, markup=False, style="red")
+        print_failure(error)
         sys.exit(1)
 
 

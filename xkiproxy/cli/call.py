@@ -278,7 +278,7 @@ def _call(
     request = _request(target, call, key, fields, kms_request_id)
     response = _send(target, request, options.timeout)
     try:
-        answer = target.dialect.read_answer(response.status, response.body)
+        answer = _read_answer(target.dialect, response)
     except ValueError as error:
         raise CommandError(
             f"{target.endpoint}{request.path}: HTTP {response.status}, but {error}: is this an"
@@ -289,7 +289,24 @@ def _call(
     _report(answer, response, options.as_json, kms_request_id, readable)
     if answer.status != 200:
         date_errors = target.dialect.date_errors
-        raise CommandError(explain_answer(answer, response.headers["Date"], date_errors))
+        said = explain_answer(answer, response.headers["Date"], date_errors)
+        raise CommandError(said + _path_hint(target, answer))
+
+
+def _read_answer(dialect: ClientDialect, response: http.Response) -> Answer:
+    """Read an answer; a path that is no key store's is answered in the words of one protocol."""
+    answer = dialect.read_answer(response.status, response.body)
+    if answer.status == 200 or answer.code:
+        return answer
+    others = (other.read_answer(response.status, response.body) for other in CLIENTS.values())
+    return next((other for other in others if other.code), answer)
+
+
+def _path_hint(target: Target, answer: Answer) -> str:
+    base = target.dialect.base_path
+    if answer.status != 404 or target.path.rstrip("/").endswith(base):
+        return ""
+    return f"\nThe path of a key store that speaks {target.dialect.name} ends in {base} (--path)."
 
 
 def _fields(

@@ -5,19 +5,38 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from xkiproxy.cli.common import DEFAULT_CONFIG, ConfigOption, JsonOption, err, out, print_json
+import typer
+from cryptography.x509.oid import NameOID
+
+from xkiproxy.cli.common import (
+    DEFAULT_CONFIG,
+    ConfigOption,
+    JsonOption,
+    err,
+    out,
+    print_failure,
+    print_json,
+)
 from xkiproxy.config import Config, ConfigError, Problem, load_config
+from xkiproxy.config.models import is_loopback, split_address
 from xkiproxy.config.secrets import SecretError
+from xkiproxy.config.tls import TlsError, parse_certificate, read_pem
+from xkiproxy.keystores.credentials import CredentialError, load_credentials
 from xkiproxy.observability.logging import utf8
+from xkiproxy.protocols.registry import CONSOLES
 
 if TYPE_CHECKING:
     from xkiproxy.server.runtime import Runtime
 
-_SOON_SECONDS = 7 * 86_400
+_SOON_DAYS = 30
+"""When the alert on the date of a certificate begins too."""
+_DELETION_SOON_SECONDS = 7 * 86_400
 
 
 def check(config: ConfigOption = DEFAULT_CONFIG, as_json: JsonOption = False) -> None:
@@ -25,34 +44,107 @@ def check(config: ConfigOption = DEFAULT_CONFIG, as_json: JsonOption = False) ->
 
     It opens files, keys and key managers as `serve` would, and looks whether the key managers of a
     key store decrypt what the others encrypt. It changes nothing and may run beside a server.
-    Remarks, which are no mistakes, tell of keys that will be destroyed within a week and of a
-    catalog that has none of a key manager's keys.
+    Remarks, on what works and may not be meant, come last, on standard error; the exit status and
+    --json are of the problems alone.
 
     Example: xkiproxy check --config /etc/xkiproxy/xkiproxy.toml
     """
-    problems = _problems(config)
+    problems, remarks = _look(config)
     if as_json:
         print_json([{"where": p.where, "what": utf8(p.what)} for p in problems])
     if problems:
-        raise ConfigError(config, problems)
-    if not as_json:
+        print_failure(ConfigError(config, problems))
+    elif not as_json:
         out.print(f"{config}: no problems", markup=False)
+    for text in remarks:
+        err.print(f"remark: {text}", markup=False)
+    if problems:
+        raise typer.Exit(1)
 
 
-def _problems(path: Path) -> list[Problem]:
+def _look(path: Path) -> tuple[list[Problem], list[str]]:
+    """What is wrong, and what is worth saying although it is no mistake."""
     try:
         settings = load_config(path)
     except ConfigError as error:
-        return error.problems
+        return error.problems, []
+    remarks = [text for remark in _REMARKS for text in remark(settings)]
     found = _check_audit(settings)
     try:
-        asyncio.run(_open_all(settings))
+        asyncio.run(_open_all(settings, remarks))
     except ConfigError as error:
         found = error.problems + found
-    return found
+    return found, remarks
 
 
-async def _open_all(settings: Config) -> None:
+def _shared_kmis(settings: Config) -> Iterator[str]:
+    for store in settings.keystore:
+        others = [
+            other.name
+            for other in settings.keystore
+            if other is not store and set(other.kmi) & set(store.kmi)
+        ]
+        if others and store.keys is None and store.policies is None:
+            yield (
+                f"key store {store.name} shares a KMI with {', '.join(others)} and has neither"
+                " keys nor policies: whoever has its credentials may use all keys there"
+            )
+
+
+def _certificate(settings: Config) -> Iterator[str]:
+    if settings.server.tls is None:
+        return
+    file = settings.server.tls.certificate
+    try:
+        certificate = parse_certificate(read_pem(file))
+    except TlsError:
+        return
+    days = (certificate.not_valid_after_utc - datetime.now(UTC)).days
+    if 0 <= days < _SOON_DAYS:
+        yield f"{file}: expires within {days + 1} days: renew it"
+    wary = [s.name for s in settings.keystore if not CONSOLES[s.protocol].pins_certificate]
+    if not wary:
+        return
+    if certificate.issuer == certificate.subject:
+        yield (
+            f"{file}: is self-issued, and the cloud of {', '.join(wary)} connects only to the"
+            " certificate of a public authority; unless something in front ends its TLS, get one"
+        )
+    if not certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME):
+        yield (
+            f"{file}: its subject has no common name, and the cloud of {', '.join(wary)} wants"
+            " one that matches the host of the proxy"
+        )
+
+
+def _credentials(settings: Config) -> Iterator[str]:
+    for store in settings.keystore:
+        try:
+            credentials = load_credentials(store.credentials)
+        except (CredentialError, SecretError):
+            continue
+        for credential in credentials:
+            pair = credential.access_key_id, credential.access_key_secret
+            if why := CONSOLES[store.protocol].mistrusted(pair):
+                yield f"key store {store.name}, credential {credential.access_key_id}: {why}"
+
+
+def _admin_listener(settings: Config) -> Iterator[str]:
+    address = settings.server.admin_listen
+    if not is_loopback(split_address(address)[0]):
+        yield f"server.admin_listen: {address} has no authentication: let only your own reach it"
+
+
+_REMARKS: tuple[Callable[[Config], Iterator[str]], ...] = (
+    _shared_kmis,
+    _certificate,
+    _credentials,
+    _admin_listener,
+)
+"""Each says what it finds, a text each, and nothing where it cannot look: that is a problem."""
+
+
+async def _open_all(settings: Config, remarks: list[str]) -> None:
     # Only this command pays for these imports.
     from xkiproxy.keystores.agreement import disagreements  # noqa: PLC0415
     from xkiproxy.server.runtime import Runtime  # noqa: PLC0415
@@ -62,15 +154,16 @@ async def _open_all(settings: Config) -> None:
     try:
         await runtime.start()
         problems = [Problem("kmi", text) for text in await _kmi_problems(runtime)]
+        if runtime.untimely:
+            problems.append(Problem("server.tls", runtime.untimely))
         for i, (store, tenant) in enumerate(zip(settings.keystore, runtime.tenants, strict=True)):
-            form = store.ciphertext_format
-            for why in await disagreements(tenant.store.kmis, runtime.catalog, form):
+            form, held = store.ciphertext_format, tenant.store
+            for why in await disagreements(held.kmis, runtime.catalog, form, held.keys):
                 problems.append(Problem(f"keystore[{i}].kmi", why))
         for i, why in await unreachable(settings.audit):
             problems.append(Problem(f"audit.sink[{i}]", why))
         problems += await asyncio.to_thread(_reach_collector, settings)
-        for remark in await asyncio.to_thread(_remarks, runtime):
-            err.print(f"remark: {remark}", markup=False)
+        remarks += await asyncio.to_thread(_keys, runtime)
     finally:
         await runtime.close()
     if problems:
@@ -96,12 +189,12 @@ async def _kmi_problems(runtime: Runtime) -> list[str]:
     return problems
 
 
-def _remarks(runtime: Runtime) -> list[str]:
-    """What is no mistake, and what one would rather know before it is too late."""
+def _keys(runtime: Runtime) -> list[str]:
+    """What one would rather know of keys before it is too late."""
     from xkiproxy.keystores import lifecycle  # noqa: PLC0415
 
     now = time.time()
-    soon = lifecycle.due_entries(runtime.catalog, now + _SOON_SECONDS)
+    soon = lifecycle.due_entries(runtime.catalog, now + _DELETION_SOON_SECONDS)
     return [lifecycle.announcement(entry, now) for entry in soon] + _lost_entries(runtime)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,8 @@ import orjson
 import typer
 from rich.console import Console
 from rich.text import Text
+
+from xkiproxy.observability.logging import for_journal
 
 ConfigOption = Annotated[
     Path,
@@ -44,6 +47,12 @@ err = _Terminal(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 class CommandError(Exception):
     """A command failed: the text goes to standard error and the exit status is 1."""
+
+
+def print_failure(error: Exception) -> None:
+    """Print why a command failed, to standard error."""
+    said = for_journal(f"xkiproxy: {error}", logging.ERROR)  # a service that cannot start
+    err.print(said, markup=False, style="red")
 
 
 def print_json(value: Any) -> None:

@@ -18,12 +18,14 @@ from xkiproxy.cli.common import (
     CommandError,
     ConfigOption,
     JsonOption,
+    err,
     out,
     print_fields,
     print_json,
 )
 from xkiproxy.cli.credentials import KeystoreOption, pick_keystore
 from xkiproxy.cli.fingerprint import configured_certificate, fingerprints, load_certificates
+from xkiproxy.cli.reload import read_status, status_url
 from xkiproxy.config import Config, load_config
 from xkiproxy.config.models import KeystoreSettings
 from xkiproxy.config.secrets import write_secret_file
@@ -31,6 +33,8 @@ from xkiproxy.keystores.credentials import Credential, load_credentials
 from xkiproxy.keystores.credentials_file import newest
 from xkiproxy.protocols.console import Console, Registration
 from xkiproxy.protocols.registry import CLIENTS, CONSOLES
+
+_STATUS_SECONDS = 2
 
 AccessKeyOption = Annotated[
     str,
@@ -62,6 +66,11 @@ def kms_config(
         credential.access_key_secret,
         _fingerprint(settings, console),
     )
+    if _is_unknown(settings, store, credential):
+        err.print(
+            f"The running server does not know {credential.access_key_id} yet: run xkiproxy reload",
+            markup=False,
+        )
     upload = console.upload(values)
     if output is not None:
         _write(output, upload)
@@ -79,6 +88,23 @@ def kms_config(
             )
         out.print("\nWhile the server runs, try it from another terminal:")
         out.print(f"  {call_line(settings, store, config)}", markup=False)
+
+
+def _is_unknown(config: Config, store: KeystoreSettings, credential: Credential) -> bool:
+    """Whether a server runs that would refuse the credential; what does not answer is none."""
+    try:
+        status = read_status(status_url(config.server.admin_listen), _STATUS_SECONDS)
+        processes = [found for found in status.get("workers", [status]) if found is not None]
+        known = [
+            accepted["access_key_id"]
+            for process in processes
+            for found in process["keystores"]
+            if found["name"] == store.name
+            for accepted in found["credentials"]
+        ]
+    except (AttributeError, CommandError, KeyError, TypeError):
+        return False  # nobody is there, or somebody else
+    return bool(processes) and credential.access_key_id not in known
 
 
 def external_proxy_path(store: KeystoreSettings) -> str:

@@ -45,8 +45,8 @@ def reload(
         settings = load_config(config)
     except ConfigError as error:
         raise CommandError(f"nothing was changed: {error}") from None
-    url = _status_url(settings.server.admin_listen)
-    before = _status(url)
+    url = status_url(settings.server.admin_listen)
+    before = read_status(url)
     _check_config(before, config, settings.server.admin_listen)
     _hang_up(before["pid"])
     came = _await_reload(url, before["reload"]["number"], timeout)
@@ -60,16 +60,18 @@ def reload(
             out.print(change, markup=False)
 
 
-def _status_url(address: str) -> str:
+def status_url(address: str) -> str:
+    """Where the server with this `admin_listen` says how it is."""
     host, port = split_address(address)
     everywhere = host in {"0.0.0.0", "::"}  # noqa: S104 - read, not bound
     host = "127.0.0.1" if everywhere else host
     return f"http://[{host}]:{port}/status" if ":" in host else f"http://{host}:{port}/status"
 
 
-def _status(url: str) -> dict[str, Any]:
+def read_status(url: str, seconds: float = 10) -> dict[str, Any]:
+    """What a running server says of itself; raises CommandError if there is none."""
     try:
-        with urllib.request.urlopen(url, timeout=10) as response:  # noqa: S310 - made above
+        with urllib.request.urlopen(url, timeout=seconds) as response:  # noqa: S310 - made above
             found: dict[str, Any] = orjson.loads(response.read())
     except (urllib.error.URLError, OSError, orjson.JSONDecodeError) as error:
         reason = getattr(error, "reason", error)
@@ -136,7 +138,7 @@ def _is_server(pid: Any) -> bool:
 def _await_reload(url: str, number: int, timeout: float) -> dict[str, Any]:
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
-        came: dict[str, Any] = _status(url)["reload"]
+        came: dict[str, Any] = read_status(url)["reload"]
         if came["number"] > number:
             return came
         time.sleep(_STEP_SECONDS)

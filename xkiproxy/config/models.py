@@ -167,12 +167,25 @@ class ServerSettings(Section):
             raise ValueError("[server.tls] is missing (certificate, private_key)")
         if self.tls is not None and self.plaintext:
             raise ValueError("plaintext = true and [server.tls] contradict each other")
-        if self.plaintext and not _is_loopback(split_address(self.listen)[0]):
+        if self.plaintext and not is_loopback(split_address(self.listen)[0]):
             raise ValueError("plaintext = true is for loopback addresses only")
         return self
 
+    @model_validator(mode="after")
+    def _two_listeners(self) -> ServerSettings:
+        if _collide(split_address(self.listen), split_address(self.admin_listen)):
+            raise ValueError("listen and admin_listen need the same port: give one another")
+        return self
 
-def _is_loopback(host: str) -> bool:
+
+def _collide(one: tuple[str, int], other: tuple[str, int]) -> bool:
+    """Whether two addresses cannot both be bound; port 0 is any that is free."""
+    hosts = {one[0], other[0]}
+    everywhere = "::" in hosts or ("0.0.0.0" in hosts and not any(":" in h for h in hosts))  # noqa: S104
+    return one[1] == other[1] != 0 and (len(hosts) == 1 or everywhere)
+
+
+def is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -566,7 +579,7 @@ class TransitSettings(KmiSettings):
             match = _ORIGIN.fullmatch(address)
             if match is None or (match[1] == "http") != self.plaintext:
                 raise ValueError("plaintext = true goes with an address of http://, and only so")
-            if self.plaintext and not _is_loopback(match[2].strip("[]")):
+            if self.plaintext and not is_loopback(match[2].strip("[]")):
                 raise ValueError("plaintext = true is for loopback addresses only")
         if self.plaintext and self.tls != ClientTlsSettings():
             raise ValueError("plaintext = true and tls contradict each other")
@@ -594,11 +607,29 @@ KMI_SETTINGS: dict[str, type[KmiSettings]] = {
 """The section model of each KMI type."""
 
 _PATH_PREFIX = re.compile(r"(/[A-Za-z0-9_-]+)*")
+_PROTOCOL_PATH = re.compile(r"/kms/xk[is]/v1$")
 
 
 def _path_prefix(value: str) -> str:
     if not _PATH_PREFIX.fullmatch(value) or len(value) > 100:
         raise ValueError('write it as "/name" (letters, digits, - and _), or "" for none')
+    if found := _PROTOCOL_PATH.search(value):
+        raise ValueError(f'{found[0]} is added by the protocol: write "{value[: found.start()]}"')
+    return value
+
+
+_KEY_PATTERN = re.compile(r"[A-Za-z0-9._*-]{1,128}")
+
+
+def _key_pattern(value: str) -> str:
+    if not _KEY_PATTERN.fullmatch(value):
+        raise ValueError('write a key ID such as "cards", or with * for any characters: "cards-*"')
+    return value
+
+
+def _not_without_keys(value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    if value == ():
+        raise ValueError("admits no key; leave it out to admit all")
     return value
 
 
@@ -657,6 +688,23 @@ class KeystoreSettings(Section):
     kmi: Annotated[tuple[Name, ...], Field(min_length=1)]
     """The KMIs that hold its keys, in order of preference: the next takes over when one is away
     (below).
+    """
+
+    keys: Annotated[
+        tuple[
+            Annotated[
+                str,
+                AfterValidator(_key_pattern),
+                WithJsonSchema({"type": "string", "pattern": _KEY_PATTERN.pattern}),
+            ],
+            ...,
+        ]
+        | None,
+        AfterValidator(_not_without_keys),
+    ] = None
+    """Only these keys of the KMIs may be used: `["payroll-*", "cards"]`. A `*` stands for any
+    characters or none, everything else for itself, and the whole ID must match, in the same case.
+    Any other key is answered as one that does not exist. Without it all keys may be used.
     """
 
     credentials: SecretSource
@@ -751,7 +799,7 @@ class SyslogSettings(SinkSettings):
     def _tls_or_said(self) -> Self:
         if self.tls is not None and self.plaintext:
             raise ValueError("plaintext = true and tls contradict each other")
-        is_near = _is_loopback(split_address(self.address)[0])
+        is_near = is_loopback(split_address(self.address)[0])
         if self.tls is None and not self.plaintext and not is_near:
             raise ValueError("tls is missing; for records in the clear say plaintext = true")
         return self
@@ -875,7 +923,7 @@ class TracingSettings(Section):
         match = _TRACES_URL.fullmatch(self.endpoint)
         if match is None or (match[1] == "http") != self.plaintext:
             raise ValueError("plaintext = true goes with an endpoint of http://, and only so")
-        if self.plaintext and not _is_loopback(match[2].strip("[]")):
+        if self.plaintext and not is_loopback(match[2].strip("[]")):
             raise ValueError("plaintext = true is for loopback addresses only")
         if self.tls.server_name:
             raise ValueError("tls.server_name is not possible here: use the certificate's name")

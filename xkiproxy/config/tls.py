@@ -6,6 +6,7 @@ import os
 import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 
 from cryptography import x509
@@ -83,6 +84,20 @@ def parse_certificate(pem: Pem) -> x509.Certificate:
         return x509.load_pem_x509_certificate(pem.data)
     except ValueError:
         raise TlsError(f"{pem.path}: there is no certificate in PEM in it") from None
+
+
+def untimely(certificate: x509.Certificate, now: datetime) -> str:
+    """Why a certificate is not valid at a time; empty if it is."""
+    if now > certificate.not_valid_after_utc:
+        return f"expired on {_date(certificate.not_valid_after_utc)}: renew it"
+    if now < certificate.not_valid_before_utc:
+        begins = _date(certificate.not_valid_before_utc)
+        return f"is not valid before {begins}: is the clock right?"
+    return ""
+
+
+def _date(time: datetime) -> str:
+    return f"{time:%Y-%m-%d %H:%M} UTC"
 
 
 def use_certificate(context: ssl.SSLContext, certificate: Pem, key: Pem) -> None:

@@ -20,6 +20,7 @@ from xkiproxy.crypto.operations import (
     OperationError,
 )
 from xkiproxy.keystores.catalog import Catalog
+from xkiproxy.keystores.key_patterns import KeyPatterns
 from xkiproxy.keystores.keystore import decrypts_to, opening
 from xkiproxy.kmi.base import KmiState
 from xkiproxy.kmi.dispatcher import Kmi
@@ -28,14 +29,19 @@ _AT_ONCE = 8
 _SECONDS = 10.0
 
 
-async def disagreements(kmis: Sequence[Kmi], catalog: Catalog, form: CiphertextFormat) -> list[str]:
+async def disagreements(
+    kmis: Sequence[Kmi],
+    catalog: Catalog,
+    form: CiphertextFormat,
+    keys: KeyPatterns | None = None,
+) -> list[str]:
     """What one KMI encrypts and another, that has the key too, does not decrypt; a text each.
 
     Keys that are not enabled everywhere are left out, and KMIs that are away: to try those says
-    nothing.
+    nothing. So are keys that the key store may not use.
     """
     present = [kmi for kmi in kmis if kmi.state is not KmiState.DISCONNECTED]
-    pairs = list(_pairs(present, catalog))
+    pairs = [pair for pair in _pairs(present, catalog) if keys is None or keys.admit(pair[0])]
     turn = asyncio.Semaphore(_AT_ONCE)
 
     async def look(key_id: str, one: Kmi, other: Kmi) -> str:

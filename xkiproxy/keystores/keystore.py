@@ -35,6 +35,7 @@ from xkiproxy.keystores.authorization import Authorizer
 from xkiproxy.keystores.catalog import Catalog, CatalogEntry, CatalogError
 from xkiproxy.keystores.encryptions import Encryptions
 from xkiproxy.keystores.failover import Failover, Served
+from xkiproxy.keystores.key_patterns import KeyPatterns
 from xkiproxy.keystores.quotas import Quotas
 from xkiproxy.keystores.replay import Replay
 from xkiproxy.keystores.signing_keys import CachedSigningKeys
@@ -80,11 +81,12 @@ class KeyStore:
         quotas: Quotas | None = None,
         failover: Failover | None = None,
         encryptions: Encryptions | None = None,
+        keys: KeyPatterns | None = None,
     ) -> None:
         """`deadline` is in seconds from a request's arrival; without `authorizer` all may ask.
 
         Without `failover` the first KMI that is there is asked, and no other. What is encrypted is
-        counted in `encryptions`.
+        counted in `encryptions`. Without `keys` all keys of the KMIs may be used.
         """
         self.name = name
         self.kmis = kmis
@@ -92,6 +94,7 @@ class KeyStore:
         self.replay = replay
         self.deadline = deadline
         self.authorizer = authorizer
+        self.keys = keys
         self._quotas = quotas
         self._failover = failover
         self._encryptions = encryptions
@@ -208,6 +211,8 @@ class KeyStore:
         return found
 
     def _look_up(self, key_id: str) -> tuple[Kmi, CatalogEntry] | None:
+        if self.keys is not None and not self.keys.admit(key_id):
+            return None  # from here on it goes the way of a key that does not exist
         first = present = None
         for kmi in self.kmis:
             entry = self._catalog.get(kmi.name, key_id)

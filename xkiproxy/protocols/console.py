@@ -35,6 +35,10 @@ class Console(Interface):
         """A new access key ID and its secret, from the system's generator."""
         ...
 
+    def mistrusted(self, credential: tuple[str, str]) -> str:
+        """Why the cloud would not take an access key ID and its secret; empty if it would."""
+        ...
+
     def upload(self, values: Registration) -> Mapping[str, Any]:
         """The JSON file that the console takes."""
         ...

@@ -37,6 +37,8 @@ class Change:
     """The fingerprint of the server's certificate; empty without TLS."""
     expiry: float | None
     """When it expires, in seconds since the epoch; None without TLS."""
+    untimely: str
+    """Why it is not valid now; empty if it is."""
     described: list[str]
     """What is different, a sentence each; nothing of a secret."""
 

@@ -27,7 +27,7 @@ from xkiproxy.config.models import (
     TracingSettings,
 )
 from xkiproxy.config.secrets import SecretError
-from xkiproxy.config.tls import TlsError, client_context, parse_certificate
+from xkiproxy.config.tls import TlsError, client_context, parse_certificate, untimely
 from xkiproxy.crypto.operations import Fault, OperationError
 from xkiproxy.keystores.authorization import Authorizer
 from xkiproxy.keystores.catalog import CatalogEntry, CatalogError
@@ -40,6 +40,7 @@ from xkiproxy.keystores.encryptions import (
     most_used,
 )
 from xkiproxy.keystores.failover import Failover
+from xkiproxy.keystores.key_patterns import KeyPatterns
 from xkiproxy.keystores.keystore import KeyStore
 from xkiproxy.keystores.last_use import LastUse, last_use_path
 from xkiproxy.keystores.lifecycle import (
@@ -156,6 +157,8 @@ class Runtime:
         }
         self.tenants: list[Tenant] = []
         self.certificate = ""
+        self.untimely = ""
+        """Why the certificate was not valid when it was opened; empty if it was."""
         self.context: ssl.SSLContext | None = None
         self.apply(self._open_changeable(config, contents or read_contents(config), opening))
         for kmi in self.kmis.values():
@@ -169,9 +172,13 @@ class Runtime:
             opening.open(f"keystore[{i}]", partial(self._open_tenant, settings, contents))
             for i, settings in enumerate(config.keystore)
         ]
-        opening.finish()
         fingerprint, expiry = _fingerprint(certificate), _expiry(certificate)
-        return Change(config, tenants, context, fingerprint, expiry, [])
+        why = _untimely(certificate, contents)
+        if why and self.certificate not in {"", fingerprint}:
+            # In place of another: one that is served already must not keep a reload from the rest.
+            opening.problems.append(Problem("server.tls", why))
+        opening.finish()
+        return Change(config, tenants, context, fingerprint, expiry, why, [])
 
     def prepare(self, config: Config, contents: Contents) -> Change:
         """Open what a configuration may change; raises ConfigError."""
@@ -187,6 +194,7 @@ class Runtime:
         self.tenants = change.tenants
         self.context = change.context
         self.certificate = change.certificate
+        self.untimely = change.untimely
         self.metrics.credential_created.clear()
         for tenant in change.tenants:
             _count_from_zero(self.metrics, tenant)
@@ -211,6 +219,7 @@ class Runtime:
             quotas=self._quotas(settings),
             failover=self._failover(settings),
             encryptions=self.encryptions,
+            keys=None if settings.keys is None else KeyPatterns(settings.keys),
         )
         protocol, networks = PROTOCOLS[settings.protocol](settings), settings.source_networks
         return Tenant(
@@ -461,6 +470,13 @@ def _certificate(config: Config, contents: Contents) -> x509.Certificate | None:
 
 def _fingerprint(certificate: x509.Certificate | None) -> str:
     return "" if certificate is None else f"sha256-{certificate.fingerprint(hashes.SHA256()).hex()}"
+
+
+def _untimely(certificate: x509.Certificate | None, contents: Contents) -> str:
+    if certificate is None:
+        return ""
+    why = untimely(certificate, datetime.now(UTC))
+    return why and f"{contents.of_tls().certificate.path}: {why}"
 
 
 def _expiry(certificate: x509.Certificate | None) -> float | None:

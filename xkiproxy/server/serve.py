@@ -135,6 +135,9 @@ async def running_parts(
 ) -> AsyncIterator[tuple[Runtime, Sink]]:
     """The parts that serve requests, started; raises ConfigError or AuditError. See `Runtime`."""
     runtime = Runtime(config, tables, contents)
+    if runtime.untimely:
+        # Who checks dates refuses it anyway, and who pins the certificate need not: no outage more.
+        _log.error("%s; it is served all the same", runtime.untimely)
     try:
         audit = await open_audit(config.audit, runtime.audit_options)
         try:

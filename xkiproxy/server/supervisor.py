@@ -268,6 +268,8 @@ class Supervisor:
                 handout = await asyncio.to_thread(read_handout, self.config.path)
             async with self._joining:
                 changes = await self._offer(handout)
+            # Who learns from /status that it is done must find there what is served from now on.
+            await asyncio.gather(*(self._ask(worker) for worker in self._workers))
         except ConfigError as error:
             problems = texts(error)
             await self._tell(self._workers, _refusal(problems))

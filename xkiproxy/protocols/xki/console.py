@@ -23,6 +23,11 @@ class XkiConsole:
         identity = "XKI" + "".join(secrets.choice(_ID_ALPHABET) for _ in range(_ID_LENGTH))
         return identity, secrets.token_urlsafe(_SECRET_BYTES)
 
+    def mistrusted(self, credential: tuple[str, str]) -> str:
+        """Nothing is known of what this cloud would not take."""
+        del credential
+        return ""
+
     def upload(self, values: Registration) -> Mapping[str, str]:
         """The file that holds all four values."""
         # Alibaba Cloud publishes no form of the file that its console takes: these names are a
