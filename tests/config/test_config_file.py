@@ -123,6 +123,12 @@ def test_the_file_of_the_documentation(tmp_path: Path) -> None:
             "envelope",
         ),
         (
+            'kmi = ["local"]',
+            'kmi = ["local", "b"]\ndeadline_ms = 250\nhedge_after_ms = 126',
+            "keystore[0]",
+            "half of deadline_ms",
+        ),
+        (
             'credentials = "credentials/demo.toml"',
             'credentials = "c"\ndeadline_ms = 0',
             "keystore[0].deadline_ms",

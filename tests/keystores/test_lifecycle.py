@@ -362,3 +362,26 @@ def test_two_purges_at_once(hosts: tuple[Host, Host]) -> None:
         host.catalog.refresh()
         assert host.catalog.entries() == []
         assert host.keyring.list() == []
+
+
+def test_a_due_key_is_disabled_at_the_other_kmis_of_its_key_stores(host: Host) -> None:
+    """Or it would serve there again on the day on which it is destroyed here."""
+    when = due(host)
+    (entry,) = host.catalog.entries()
+    alive = replace(entry, state=KeyState.ENABLED, deletion_time=None)
+    for kmi in ("b", "c", "elsewhere"):
+        host.catalog.put(replace(alive, kmi=kmi))
+    host.catalog.put(replace(alive, kmi="b", key_id="another"))
+    groups = [[entry.kmi, "b"], ["c", entry.kmi], ["b", "elsewhere"]]
+    found = lifecycle.watch_due(host.catalog, when)
+    changed = lifecycle.disable_twins(host.catalog, found, groups)
+    assert [(e.kmi, e.key_id) for e in changed] == [("b", "k"), ("c", "k")]
+    states = {(e.kmi, e.key_id): e.state for e in host.catalog.entries()}
+    assert states == {
+        (entry.kmi, "k"): KeyState.PENDING_DELETION,
+        ("b", "k"): KeyState.DISABLED,
+        ("c", "k"): KeyState.DISABLED,
+        ("elsewhere", "k"): KeyState.ENABLED,
+        ("b", "another"): KeyState.ENABLED,
+    }
+    assert lifecycle.disable_twins(host.catalog, found, groups) == []

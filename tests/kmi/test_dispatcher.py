@@ -774,3 +774,66 @@ async def test_a_kmi_that_is_closed_while_a_lane_comes_home_closes_both(start: S
     away.open.set()
     await closing
     assert await first == RandomBytes(bytes(1))
+
+
+@pytest.mark.usefixtures("often")
+async def test_a_start_at_home_that_takes_long_to_end_delays_nothing(
+    start: Start, monkeypatch
+) -> None:
+    away, next_ = FakeLane(), FakeLane()
+    kmi = await start(away, spare=[next_])
+    ended = asyncio.Event()
+
+    async def launch_home() -> FakeLane:
+        kmi.launcher.home_launches += 1
+        try:
+            await asyncio.sleep(60)
+        finally:
+            await asyncio.sleep(0.5)
+            ended.set()
+        raise AssertionError
+
+    monkeypatch.setattr(kmi.launcher, "launch_home", launch_home)
+    kmi.launcher.away = True
+    await until(lambda: kmi.launcher.home_launches == 1)
+    away.die()
+    await until(lambda: next_ in kmi._lanes)
+    assert not ended.is_set()
+    assert await submit(kmi, 1) == RandomBytes(bytes(1))
+    await kmi.close()
+    assert ended.is_set()
+
+
+# ---- what nobody waits for any more ----------------------------------------------------------
+
+
+async def test_what_is_over_takes_no_room_in_the_queue(start: Start) -> None:
+    lane = FakeLane()
+    kmi = await start(lane, queue_size=3)
+    lane.open.clear()
+    running = asyncio.create_task(submit(kmi, 1))
+    await until(lambda: lane.batches == [1])
+    for _ in range(7):
+        assert await fault(kmi, 1, soon(0.01)) is Fault.DEADLINE_EXCEEDED
+    assert sample(kmi, "xkiproxy_kmi_queue_depth") == 0
+    lane.open.set()
+    await running
+    assert lane.batches == [1]
+
+
+async def test_a_batch_leaves_out_what_is_over_by_the_clock(start: Start, monkeypatch) -> None:
+    """Even if the loop was held up, and no timer has run."""
+    monkeypatch.setattr("xkiproxy.kmi.deadlines._COARSENESS_SECONDS", 60.0)
+    lane = FakeLane()
+    kmi = await start(lane)
+    lane.open.clear()
+    running = asyncio.create_task(submit(kmi, 1))
+    await until(lambda: lane.batches == [1])
+    late = asyncio.create_task(fault(kmi, 1, soon(0.01)))
+    good = asyncio.create_task(submit(kmi, 2))
+    await asyncio.sleep(0.05)
+    lane.open.set()
+    assert await late is Fault.DEADLINE_EXCEEDED
+    await asyncio.gather(running, good)
+    assert lane.batches == [1, 1]
+    assert not kmi._deadlines._waiting

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import suppress
 
 import pytest
@@ -64,6 +65,13 @@ def test_a_lane_is_away_until_it_was_started_at_its_home() -> None:
     # And it is an endpoint as the others again, for lanes whose home it is not, too.
     assert started(endpoints, 1) == 1
     assert started(endpoints, 1) == 0
+
+
+def test_a_start_that_is_broken_off_says_nothing_of_its_endpoint() -> None:
+    endpoints = Endpoints(2)
+    with suppress(asyncio.CancelledError), endpoints.starting(0):
+        raise asyncio.CancelledError
+    assert [started(endpoints, lane) for lane in (2, 4)] == [0, 0]
 
 
 @pytest.mark.parametrize(

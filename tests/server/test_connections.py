@@ -6,7 +6,9 @@ import asyncio
 import contextlib
 import gc
 import json
+import socket
 import ssl
+import threading
 from pathlib import Path
 
 import pytest
@@ -190,6 +192,23 @@ async def test_the_body_of_the_last_of_many_pipelined_requests_is_read(proxy: Pr
     writer.write(last[-40:])
     assert [(await read_answer(reader))[0] for _ in range(16)] == [200] * 16
     writer.close()
+
+
+async def test_many_in_one_go_behind_one_whose_body_came_later(proxy: Proxy) -> None:
+    reader, writer = await connect(proxy)
+    for number in range(3, 8):
+        first = whole_request(proxy)
+        writer.write(first[:-20])
+        await asyncio.sleep(0.05)
+        rest = b"".join(whole_request(proxy) for _ in range(number))
+        writer.write(first[-20:] + rest)
+        answers = [(await read_answer(reader))[0] for _ in range(1 + number)]
+        assert answers == [200] * (1 + number)
+    writer.close()
+
+
+def whole_request(proxy: Proxy) -> bytes:
+    return request_bytes(proxy, proxy.cloud.body())
 
 
 async def test_refused_requests_leave_nothing_behind(proxy: Proxy) -> None:
@@ -493,3 +512,26 @@ async def test_drain_finishes_what_has_begun(proxy: Proxy) -> None:
     await asyncio.wait_for(draining, 10)
     writer.close()
     idle_writer.close()
+
+
+async def test_drain_does_not_wait_for_a_client_that_ignores_the_end_of_tls(proxy: Proxy) -> None:
+    """As pools of connections do: what comes on an idle one is read with its next answer."""
+    ready, stop = threading.Event(), threading.Event()
+
+    def idle() -> None:
+        raw = socket.create_connection(("127.0.0.1", proxy.port))
+        with trusting(proxy).wrap_socket(raw, server_hostname="localhost") as client:
+            client.sendall(request)
+            client.recv(4096)
+            ready.set()
+            stop.wait(30)
+
+    request = whole_request(proxy)
+    thread = asyncio.create_task(asyncio.to_thread(idle))
+    try:
+        await asyncio.to_thread(ready.wait, 10)
+        await asyncio.wait_for(proxy.listener.drain(), 6)
+    finally:
+        stop.set()
+        with contextlib.suppress(OSError):
+            await thread

@@ -720,7 +720,7 @@ class KeystoreSettings(Section):
 
     hedge_after_ms: Annotated[int, Field(ge=1, le=60_000)] | None = None
     """With several KMIs: a request without an answer for so long is sent to the second too, and the
-    first answer counts.
+    first answer counts. At most half of `deadline_ms`.
     """
 
     disable_output_form_plain: bool = False
@@ -743,6 +743,8 @@ class KeystoreSettings(Section):
     def _hedge_to_another(self) -> Self:
         if self.hedge_after_ms is not None and len(self.kmi) < 2:
             raise ValueError("hedge_after_ms needs a second KMI to ask")
+        if self.hedge_after_ms is not None and 2 * self.hedge_after_ms > self.deadline_ms:
+            raise ValueError("hedge_after_ms is over half of deadline_ms: the second has no time")
         return self
 
 

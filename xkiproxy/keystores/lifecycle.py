@@ -14,7 +14,7 @@ import logging
 import os
 import pwd
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -345,6 +345,30 @@ def is_to_be_destroyed(entry: CatalogEntry | None, now: float) -> bool:
         return False
     when = destruction_time(entry)
     return when is not None and when <= now
+
+
+def disable_twins(
+    catalog: Catalog, due: Iterable[CatalogEntry], groups: Iterable[Collection[str]]
+) -> list[CatalogEntry]:
+    """Disable a due key at the other KMIs of its key stores, and return what was changed.
+
+    While it awaits deletion at one of them it is used at none; once its entry there is gone it
+    would be used at the others again, after days in which everybody took it for dead. `groups` are
+    the names of KMIs that are in one key store.
+
+    Raises:
+        CatalogError: the catalog cannot be read or written.
+    """
+    ids = {(entry.kmi, entry.key_id) for entry in due}
+    twins = {(o, key) for kmi, key in ids for group in groups if kmi in group for o in group}
+    found = []
+    with catalog.locked():
+        for twin in sorted(twins - ids):
+            entry = catalog.get(*twin)
+            if entry is not None and entry.state is KeyState.ENABLED:
+                catalog.put(replace(entry, state=KeyState.DISABLED, changed_by=""))
+                found.append(entry)
+    return found
 
 
 def purge_due(

@@ -27,11 +27,13 @@ _Item = TypeVar("_Item", bound=Timed)
 
 
 class Deadlines(Generic[_Item]):
-    """Those that wait; `expire` is called with each whose deadline passes while it does."""
+    """Those that wait; `expire` is called with those whose deadline passes while they do."""
 
     __slots__ = ("_expire", "_first", "_loop", "_timer", "_waiting")
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, expire: Callable[[_Item], None]) -> None:
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, expire: Callable[[list[_Item]], None]
+    ) -> None:
         self._loop = loop
         self._expire = expire
         self._waiting: set[_Item] = set()
@@ -59,8 +61,8 @@ class Deadlines(Generic[_Item]):
     def _look(self) -> None:
         now = time.monotonic()
         self._timer, self._first = None, float("inf")
-        for item in [item for item in self._waiting if item.deadline <= now]:
-            self._waiting.discard(item)
-            self._expire(item)
+        if over := [item for item in self._waiting if item.deadline <= now]:
+            self._waiting.difference_update(over)
+            self._expire(over)
         if self._waiting:
             self._look_at(min(item.deadline for item in self._waiting))

@@ -17,7 +17,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
@@ -361,7 +361,7 @@ class QueuedKmi:
     def start(self) -> None:
         """See `Kmi.start`."""
         self._loop = asyncio.get_running_loop()
-        self._deadlines = Deadlines(self._loop, _expire)
+        self._deadlines = Deadlines(self._loop, self._expire)
         count = len(self._lanes)
         self._supervisors = [self._loop.create_task(self._supervise(i)) for i in range(count)]
 
@@ -457,7 +457,7 @@ class QueuedKmi:
                 break
             item = self._queue.popleft()
             if item.deadline <= now:
-                _expire(item)
+                _settle(item, _deadline_exceeded())
             if item.future.done():  # over, or nobody waits any more
                 continue
             batch.append(item)
@@ -535,6 +535,12 @@ class QueuedKmi:
             else:
                 self._queue.appendleft(item)
         self._schedule_pump()
+
+    def _expire(self, items: Iterable[_Item]) -> None:
+        """End operations whose deadline has passed; the queue is for those that wait."""
+        for item in items:
+            _settle(item, _deadline_exceeded())
+        self._queue = deque(item for item in self._queue if not item.future.done())
 
     def _refuse_all(self) -> None:
         while self._queue:
@@ -616,8 +622,10 @@ class QueuedKmi:
                 if self._lanes[index] is lane:
                     return broken
         finally:
+            # Not awaited: to end a start that hangs may take seconds, and requests wait for a lane.
             home.cancel()
-            await asyncio.gather(home, return_exceptions=True)
+            self._batches.add(home)
+            home.add_done_callback(self._batches.discard)
 
     async def _bring_home(self, index: int) -> None:
         """Replace a lane that is at another endpoint by one at its own, as soon as that is back.
@@ -722,10 +730,6 @@ def _settle(item: _Item, outcome: Result | OperationError) -> None:
         item.future.set_exception(outcome)
     else:
         item.future.set_result(outcome)
-
-
-def _expire(item: _Item) -> None:
-    _settle(item, _deadline_exceeded())
 
 
 def _away() -> OperationError:

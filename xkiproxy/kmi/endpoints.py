@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -30,6 +31,8 @@ class Endpoints:
         self._under_way[endpoint] += 1
         try:
             yield endpoint
+        except asyncio.CancelledError:
+            raise  # that says nothing of the endpoint
         except BaseException:
             self._failed.add(endpoint)
             raise

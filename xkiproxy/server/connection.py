@@ -220,7 +220,9 @@ class Connection(BaseProtocol):
                 self._queue.extend(messages)
             if upgraded:
                 self._is_last = True
-        if len(self._queue) >= _MAX_PIPELINED:
+        # One fewer: of a request that was begun before its body had come, the parser never learns
+        # that it was taken, and may stop here and hold the rest.
+        if len(self._queue) >= _MAX_PIPELINED - 1:
             self._is_full = True
             self._pause_transport_reading()
         if state is not _BUSY and not self._paused:
@@ -397,6 +399,10 @@ class Connection(BaseProtocol):
         """Close the connection once what was written is sent."""
         if self.transport is not None:
             self.transport.close()
+
+    def finish(self) -> None:
+        """Close an idle connection: soon, even if its client does not answer that TLS ends."""
+        self._end(whole=True)
 
     def _end(self, whole: bool) -> None:
         """No further request; `whole`: the client has nothing left to send of the last one."""

@@ -100,7 +100,7 @@ class Listener:
         deadline = asyncio.get_running_loop().time() + self._settings.shutdown_timeout_seconds
         while connections and asyncio.get_running_loop().time() < deadline:
             for connection in [c for c in connections if c.is_idle]:
-                connection.close()
+                connection.finish()
             await asyncio.sleep(_DRAIN_STEP_SECONDS)
         self._shared.has_ended = True
         if connections:

@@ -45,6 +45,7 @@ from xkiproxy.keystores.keystore import KeyStore
 from xkiproxy.keystores.last_use import LastUse, last_use_path
 from xkiproxy.keystores.lifecycle import (
     announcement,
+    disable_twins,
     due_entries,
     is_to_be_destroyed,
     lost_entries,
@@ -90,6 +91,8 @@ _AUDIT_SECONDS = 1.0
 _CHECK_SECONDS = 30.0
 _COUNTS_SECONDS = 60.0
 _PURGE_SECONDS = 60.0
+_PATIENCE_SECONDS = 2.0
+"""So often a start looks whether it has to wait for those KMIs that still hang."""
 
 STOPPING = "it is being stopped"
 
@@ -140,6 +143,7 @@ class Runtime:
         self._quota_table = QuotaTable(tables.quotas if tables else None)
         self._revision = 0
         self._announced: set[CatalogEntry] = set()
+        self._first_check: asyncio.Future[None] | None = None
         self._sinks: dict[str, SinkState] = {}
         opening = _Opening(config)
         self.audit_options = opening.open("audit.hmac_key", lambda: _audit_options(config.audit))
@@ -256,6 +260,9 @@ class Runtime:
 
     async def close(self) -> None:
         """Close what was opened."""
+        if self._first_check is not None:
+            self._first_check.cancel()
+            await asyncio.gather(self._first_check, return_exceptions=True)
         self._write_last_use()
         self._add_encryptions(self.encryptions.take())
         self.encryptions.close()
@@ -266,11 +273,19 @@ class Runtime:
             await asyncio.to_thread(self.tracer.close)
 
     async def start(self) -> None:
-        """Start the KMIs and check them once."""
+        """Start the KMIs and check them once; no longer than it takes until all can be served.
+
+        A KMI that hangs must not keep the key stores of others closed.
+        """
         for kmi in self.kmis.values():
             kmi.start()
         self._add_encryptions({})
-        await self.check_kmis()
+        self._first_check = asyncio.ensure_future(self.check_kmis())
+        while not self._first_check.done():
+            await asyncio.wait({self._first_check}, timeout=_PATIENCE_SECONDS)
+            if all(_has_checked_kmi(tenant.store) for tenant in self.tenants):
+                return
+        await self._first_check
 
     async def check_kmis(self) -> None:
         """A deep check of every KMI."""
@@ -584,10 +599,20 @@ def _look_for_lost_entries(config: Config) -> None:
         _log.warning("whether the catalog was lost is not known: %s", error)
 
 
+def _has_checked_kmi(store: KeyStore) -> bool:
+    return any(k.checked > 0 and k.state is not KmiState.DISCONNECTED for k in store.kmis)
+
+
 def _watch_due(config: Config, now: float) -> list[CatalogEntry]:
     """In a thread, with a connection of its own: it waits for the disk."""
     with closing(SqliteCatalog(config.catalog.path)) as catalog:
-        return watch_due(catalog, now)
+        due = watch_due(catalog, now)
+        for entry in disable_twins(catalog, due, [store.kmi for store in config.keystore]):
+            _log.error(
+                "key %s of KMI %s is disabled: at another KMI of its key store it is due to be"
+                " destroyed, and this one would serve in its place", entry.key_id, entry.kmi,
+            )  # fmt: skip
+        return due
 
 
 def _purge_due(config: Config, encryptions: Encryptions, kmis: set[str], now: float) -> None:
