@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from test_end_to_end import Installation
@@ -40,6 +42,24 @@ async def test_a_kmi_that_hangs_does_not_keep_others_closed(
     try:
         await asyncio.wait_for(runtime.start(), 10)
         assert [kmi.state for kmi in runtime.tenants[0].store.kmis] == [KmiState.CONNECTED]
+    finally:
+        await asyncio.wait_for(runtime.close(), 10)
+
+
+async def test_nor_one_that_a_key_store_has_no_other_than(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("xkiproxy.server.runtime._PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr("xkiproxy.server.runtime._LONGEST_WAIT_SECONDS", 0.3)
+    made = await asyncio.to_thread(Installation, tmp_path / "proxy")
+    runtime = Runtime(load_config(made.config))
+    without = SimpleNamespace(store=SimpleNamespace(kmis=[HungKmi()]))
+    runtime.tenants.append(without)  # type: ignore[arg-type]
+    runtime.kmis["hung"] = HungKmi()  # type: ignore[assignment]
+    try:
+        began = time.monotonic()
+        await asyncio.wait_for(runtime.start(), 10)
+        assert time.monotonic() - began >= 0.3, "it was waited for"
     finally:
         await asyncio.wait_for(runtime.close(), 10)
 

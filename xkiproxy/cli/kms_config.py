@@ -25,7 +25,7 @@ from xkiproxy.cli.common import (
 )
 from xkiproxy.cli.credentials import KeystoreOption, pick_keystore
 from xkiproxy.cli.fingerprint import configured_certificate, fingerprints, load_certificates
-from xkiproxy.cli.reload import read_status, status_url
+from xkiproxy.cli.reload import read_status, resolved, status_url
 from xkiproxy.config import Config, load_config
 from xkiproxy.config.models import KeystoreSettings
 from xkiproxy.config.secrets import write_secret_file
@@ -94,6 +94,8 @@ def _is_unknown(config: Config, store: KeystoreSettings, credential: Credential)
     """Whether a server runs that would refuse the credential; what does not answer is none."""
     try:
         status = read_status(status_url(config.server.admin_listen), _STATUS_SECONDS)
+        if status.get("config") != resolved(config.path):
+            return False
         processes = [found for found in status.get("workers", [status]) if found is not None]
         known = [
             accepted["access_key_id"]

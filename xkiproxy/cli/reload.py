@@ -81,13 +81,18 @@ def read_status(url: str, seconds: float = 10) -> dict[str, Any]:
     return found
 
 
+def resolved(config: Path) -> str:
+    """A configuration as /status names it."""
+    return utf8(str(config.resolve()))
+
+
 def _check_config(status: dict[str, Any], config: Path, address: str) -> None:
     """Raise CommandError if the server that answers has another configuration.
 
     Two directories may name the same admin_listen: the server of one must not be taken for that of
     the other, which would go on with a credential that was revoked.
     """
-    ours, its = utf8(str(config.resolve())), status.get("config")
+    ours, its = resolved(config), status.get("config")
     if its is None:
         raise CommandError(
             f"nothing was changed: the server at {address} does not say which configuration it has:"

@@ -91,8 +91,10 @@ _AUDIT_SECONDS = 1.0
 _CHECK_SECONDS = 30.0
 _COUNTS_SECONDS = 60.0
 _PURGE_SECONDS = 60.0
-_PATIENCE_SECONDS = 2.0
+_PATIENCE_SECONDS = 1.0
 """So often a start looks whether it has to wait for those KMIs that still hang."""
+_LONGEST_WAIT_SECONDS = 5.0
+"""After this it waits for none as long as one key store can be served."""
 
 STOPPING = "it is being stopped"
 
@@ -273,17 +275,20 @@ class Runtime:
             await asyncio.to_thread(self.tracer.close)
 
     async def start(self) -> None:
-        """Start the KMIs and check them once; no longer than it takes until all can be served.
+        """Start the KMIs and check them once; not to the end if a key store can be served before.
 
-        A KMI that hangs must not keep the key stores of others closed.
+        A KMI that hangs must not keep the key stores of others closed: those that nobody needs are
+        not waited for, and those that a key store has no other than not for long.
         """
         for kmi in self.kmis.values():
             kmi.start()
         self._add_encryptions({})
         self._first_check = asyncio.ensure_future(self.check_kmis())
+        late = time.monotonic() + _LONGEST_WAIT_SECONDS
         while not self._first_check.done():
             await asyncio.wait({self._first_check}, timeout=_PATIENCE_SECONDS)
-            if all(_has_checked_kmi(tenant.store) for tenant in self.tenants):
+            served = [_has_checked_kmi(tenant.store) for tenant in self.tenants]
+            if all(served) or (any(served) and time.monotonic() >= late):
                 return
         await self._first_check
 

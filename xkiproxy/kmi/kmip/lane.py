@@ -537,4 +537,7 @@ class KmipLauncher:
             except LaneError as error:
                 text = f"{self._settings.address[endpoint]}: {error.message}"
                 raise LaneError(text, BreakReason.START) from None
+            except BaseException:
+                await lane.close()  # a start that is broken off leaves no connection behind
+                raise
         return lane
