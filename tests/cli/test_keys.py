@@ -280,6 +280,20 @@ def test_a_problem_is_shown(keys: Keys, folder: Path) -> None:
     assert "version 1 was altered" in keys("list").out
 
 
+def test_keys_that_the_configuration_disables(keys: Keys, folder: Path) -> None:
+    for key in ("payroll", "cards"):
+        keys("create", key)
+    with (folder / "xkiproxy.toml").open("a") as file:
+        file.write('disabled_keys = ["pay*"]\n')
+    found = {key["id"]: key for key in keys("list", "--json").value}
+    assert found["payroll"]["state"] == "ENABLED"  # in the catalog
+    assert found["payroll"]["disabled_by"] == ["demo"]
+    assert "disabled_by" not in found["cards"]
+    assert "disabled_keys of key store demo" in keys("list").out
+    assert "disabled_keys of key store demo" in keys("show", "payroll").err
+    assert keys("show", "cards").err == ""
+
+
 def test_several_kmis(keys: Keys, folder: Path) -> None:
     master_key = (folder / "master.key").read_text()
     create_keyring(folder / "second.db", master_key)

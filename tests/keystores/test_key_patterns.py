@@ -12,12 +12,13 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from xkiproxy.config.models import KeystoreSettings
-from xkiproxy.crypto.algorithms import Usage
+from xkiproxy.crypto.algorithms import KeySpec, Usage
 from xkiproxy.crypto.operations import (
     Decrypt,
     Describe,
     Encrypt,
     Fault,
+    KeyDescription,
     KeyState,
     Operation,
     OperationError,
@@ -65,6 +66,18 @@ def test_what_is_remembered_is_bounded() -> None:
     for number in range(key_patterns._MAX_REMEMBERED + 10):
         assert keys.admit(f"k-{number}")
     assert len(keys._verdicts) <= key_patterns._MAX_REMEMBERED
+
+
+def test_no_key_is_disabled_unless_it_is_said() -> None:
+    given = {
+        "name": "demo", "protocol": "xki", "path_prefix": "/demo", "kmi": ["local"],
+        "credentials": "demo.toml",
+    }  # fmt: skip
+    adapter = TypeAdapter(KeystoreSettings)
+    for more in ({}, {"disabled_keys": []}):
+        assert adapter.validate_python({**given, **more}).disabled_keys == ()
+    with pytest.raises(ValidationError, match=r"disabled_keys\.0"):
+        adapter.validate_python({**given, "disabled_keys": ["card?"]})
 
 
 @pytest.mark.parametrize("keys", [[], [""], ["card?"], ["[ab]"], ["a b"], ["x" * 129], "cards"])
@@ -128,3 +141,53 @@ def outcome(store: KeyStore, operation: Operation) -> tuple[Fault, str, str]:
     with pytest.raises(OperationError) as caught:
         asyncio.run(store.perform(operation, time.monotonic() + 1, trail))
     return caught.value.fault, caught.value.message, trail.kmi
+
+
+@pytest.mark.parametrize("kmis", [1, 2])
+@pytest.mark.parametrize("make", OPERATIONS[1:])
+def test_what_the_configuration_disables_is_disabled(tmp_path: Path, make: Any, kmis: int) -> None:
+    """Whatever the catalog says, at all KMIs, and no KMI is asked."""
+    store = disabling(tmp_path, kmis, ["cards", "gone-*"])
+    kmi, words = "kmi-0", "The key is disabled at the proxy."
+    assert outcome(store, make("cards")) == (Fault.KEY_DISABLED, words, kmi)
+    assert outcome(store, make("gone-disabled")) == (Fault.KEY_DISABLED, words, kmi)
+    # What is to be destroyed is not kept by it, and what is nowhere does not come to be.
+    assert outcome(store, make("gone-soon"))[0] is Fault.KEY_PENDING_DELETION
+    assert outcome(store, make("gone-missing"))[0] is Fault.KEY_NOT_FOUND
+
+
+def test_what_the_configuration_disables_is_described_so(tmp_path: Path) -> None:
+    store = disabling(tmp_path, 1, ["cards"])
+    described = KeyDescription("of the KMI", KeySpec.AES_256, Usage.BOTH, 1, None)
+    store.kmis[0].submit = answering(described)  # type: ignore[method-assign]
+    for key, state in (("cards", KeyState.DISABLED), ("other", KeyState.ENABLED)):
+        found = asyncio.run(store.perform(Describe(key), time.monotonic() + 1, Trail()))
+        assert isinstance(found, KeyDescription)
+        assert found.state is state
+
+
+def answering(result: Any) -> Any:
+    async def submit(*arguments: Any) -> Any:
+        return result
+
+    return submit
+
+
+def disabling(folder: Path, kmis: int, patterns: list[str]) -> KeyStore:
+    """A key store of KMIs that nobody may ask, with these keys disabled by its configuration."""
+    catalog, parts = SqliteCatalog(folder / "catalog.db"), list[Any]()
+    states = {
+        "cards": KeyState.ENABLED, "other": KeyState.ENABLED,
+        "gone-disabled": KeyState.DISABLED, "gone-soon": KeyState.PENDING_DELETION,
+    }  # fmt: skip
+    for number in range(kmis):
+        part = Untouched()
+        part.name = f"kmi-{number}"
+        parts.append(part)
+        for key, state in states.items():
+            catalog.put(CatalogEntry(part.name, key, state, Usage.BOTH, 0.0))
+    failover = Failover(SimpleNamespace()) if kmis > 1 else None  # type: ignore[arg-type]
+    return KeyStore(
+        "demo", catalog, parts, CachedSigningKeys([]), ReplayWindow(), deadline=1,
+        failover=failover, disabled=KeyPatterns(patterns),
+    )  # fmt: skip

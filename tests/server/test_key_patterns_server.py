@@ -83,3 +83,22 @@ def test_it_changes_on_reload_and_a_mistake_changes_nothing(server: Workers) -> 
     server.config.write_text(original + 'keys = ["payroll-*", "demo-*"]\n')
     server.run("reload")
     assert asked() == {200}
+
+
+def test_the_configuration_disables_a_key_at_a_reload(server: Workers) -> None:
+    original = server.config.read_text()
+
+    def asked() -> set[int]:
+        return {server.encrypt(b"x")[0] for _ in range(8)}
+
+    server.config.write_text(original + 'disabled_keys = ["demo-*"]\n')
+    assert asked() == {200}  # not before
+    server.run("reload")
+    assert asked() == {403}
+    assert server.records()[-1]["code"] == "KeyDisabledForbidden"
+    told = server.run("keys", "enable", "demo-key")
+    assert told.stderr == "warning: key demo-key: disabled_keys of key store demo\n"
+    assert asked() == {403}
+    server.config.write_text(original)
+    server.run("reload")
+    assert asked() == {200}

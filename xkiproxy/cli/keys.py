@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -24,12 +24,13 @@ from xkiproxy.cli.common import (
     print_table,
 )
 from xkiproxy.config import Config, load_config
-from xkiproxy.config.models import KmiSettings
+from xkiproxy.config.models import KeystoreSettings, KmiSettings
 from xkiproxy.config.secrets import SecretError
 from xkiproxy.crypto.algorithms import KeySpec, Usage
 from xkiproxy.crypto.operations import CiphertextFormat
 from xkiproxy.keystores import lifecycle
 from xkiproxy.keystores.encryptions import Counts, EncryptionsError, read_encryptions
+from xkiproxy.keystores.key_patterns import KeyPatterns
 from xkiproxy.keystores.lifecycle import ManagedKey
 from xkiproxy.keystores.sqlite_catalog import SqliteCatalog
 from xkiproxy.kmi.base import KeyInfo, KeyManager, KeyManagerError
@@ -111,6 +112,8 @@ class _Place:
     manager: KeyManager
     kmi: str
     encryptions: Counts | None
+    keystores: Sequence[KeystoreSettings]
+    """Those that use the KMI."""
 
 
 LabelOption = Annotated[
@@ -147,7 +150,7 @@ def list_(
     """List the keys that the KMI or the catalog has; UNREGISTERED ones are not used."""
     with _open(load_config(config), kmi) as at:
         keys = lifecycle.list_keys(at.catalog, at.manager, at.kmi)
-    found = [_fields(key, at.encryptions) for key in keys]
+    found = [_fields(key, at) for key in keys]
     if json:
         print_json(found)
         return
@@ -329,7 +332,8 @@ def _open(config: Config, kmi: str | None) -> Iterator[_Place]:
     try:
         catalog = SqliteCatalog(config.catalog.path)
         try:
-            yield _Place(catalog, manager, settings.name, _counted(config))
+            stores = [store for store in config.keystore if settings.name in store.kmi]
+            yield _Place(catalog, manager, settings.name, _counted(config), stores)
         finally:
             catalog.close()
     finally:
@@ -368,9 +372,9 @@ def _refuse_raw(config: Config, kmi: str) -> None:
 
 
 def _print(key: ManagedKey, at: _Place, json: bool) -> None:
-    fields = _fields(key, at.encryptions)
-    if key.version is None:
-        err.print(f"warning: key {key.key_id}: {key.problem}", markup=False)
+    fields = _fields(key, at)
+    if key.version is None or "disabled_by" in fields:
+        err.print(f"warning: key {key.key_id}: {fields['problem']}", markup=False)
     if json:
         print_json(fields)
     else:
@@ -379,7 +383,16 @@ def _print(key: ManagedKey, at: _Place, json: bool) -> None:
         print_fields({name: value for name, value in fields.items() if value is not None})
 
 
-def _fields(key: ManagedKey, counted: Counts | None) -> dict[str, Any]:
+def _disabled_by(key: ManagedKey, at: _Place) -> list[str]:
+    """The key stores whose configuration disables a key."""
+    return [
+        store.name
+        for store in at.keystores
+        if store.disabled_keys and KeyPatterns(store.disabled_keys).admit(key.key_id)
+    ]
+
+
+def _fields(key: ManagedKey, at: _Place) -> dict[str, Any]:
     fields: dict[str, Any] = {
         "id": key.key_id,
         "kmi": key.kmi,
@@ -390,14 +403,18 @@ def _fields(key: ManagedKey, counted: Counts | None) -> dict[str, Any]:
         "created": _rfc3339(key.created),
         "usage": _USAGE_NAMES.get(key.usage, "none"),
     }
-    if counted is not None and key.version is not None:
-        fields["encryptions"] = counted.get((key.kmi, key.key_id, key.version), 0)
+    if at.encryptions is not None and key.version is not None:
+        fields["encryptions"] = at.encryptions.get((key.kmi, key.key_id, key.version), 0)
     if key.labels:
         fields["labels"] = dict(key.labels)
     if key.deletion_time is not None:
         fields["deletion_time"] = _rfc3339(key.deletion_time)
-    if key.problem:
-        fields["problem"] = key.problem
+    problems = [key.problem] if key.problem else []
+    if stores := _disabled_by(key, at):
+        fields["disabled_by"] = stores
+        problems.append(f"disabled_keys of key store {', '.join(stores)}")
+    if problems:
+        fields["problem"] = "; ".join(problems)
     return fields
 
 

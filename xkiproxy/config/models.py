@@ -627,6 +627,13 @@ def _key_pattern(value: str) -> str:
     return value
 
 
+KeyPattern = Annotated[
+    str,
+    AfterValidator(_key_pattern),
+    WithJsonSchema({"type": "string", "pattern": _KEY_PATTERN.pattern}),
+]
+
+
 def _not_without_keys(value: tuple[str, ...] | None) -> tuple[str, ...] | None:
     if value == ():
         raise ValueError("admits no key; leave it out to admit all")
@@ -690,21 +697,15 @@ class KeystoreSettings(Section):
     (below).
     """
 
-    keys: Annotated[
-        tuple[
-            Annotated[
-                str,
-                AfterValidator(_key_pattern),
-                WithJsonSchema({"type": "string", "pattern": _KEY_PATTERN.pattern}),
-            ],
-            ...,
-        ]
-        | None,
-        AfterValidator(_not_without_keys),
-    ] = None
+    keys: Annotated[tuple[KeyPattern, ...] | None, AfterValidator(_not_without_keys)] = None
     """Only these keys of the KMIs may be used: `["payroll-*", "cards"]`. A `*` stands for any
     characters or none, everything else for itself, and the whole ID must match, in the same case.
     Any other key is answered as one that does not exist. Without it all keys may be used.
+    """
+
+    disabled_keys: tuple[KeyPattern, ...] = ()
+    """These keys are DISABLED here, written as in `keys`, whatever the catalog says: for several
+    hosts that get one configuration. It holds from the next reload on.
     """
 
     credentials: SecretSource

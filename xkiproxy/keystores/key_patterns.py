@@ -1,4 +1,7 @@
-"""Which keys a key store may use: several may share a KMI, and not each other's keys."""
+"""Which keys a key store may use: several may share a KMI, and not each other's keys.
+
+The same patterns say which keys are disabled by the configuration.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ _MAX_REMEMBERED = 4096
 
 
 class KeyPatterns:
-    """An allow-list of key IDs: a `*` stands for any characters or none, all else for itself."""
+    """A list of key IDs: a `*` stands for any characters or none, all else for itself."""
 
     def __init__(self, patterns: Sequence[str]) -> None:
         """`patterns` hold no other sign that fnmatch knows: the configuration refuses those."""

@@ -82,11 +82,13 @@ class KeyStore:
         failover: Failover | None = None,
         encryptions: Encryptions | None = None,
         keys: KeyPatterns | None = None,
+        disabled: KeyPatterns | None = None,
     ) -> None:
         """`deadline` is in seconds from a request's arrival; without `authorizer` all may ask.
 
         Without `failover` the first KMI that is there is asked, and no other. What is encrypted is
-        counted in `encryptions`. Without `keys` all keys of the KMIs may be used.
+        counted in `encryptions`. Without `keys` all keys of the KMIs may be used; those in
+        `disabled` are, whatever the catalog says.
         """
         self.name = name
         self.kmis = kmis
@@ -95,6 +97,7 @@ class KeyStore:
         self.deadline = deadline
         self.authorizer = authorizer
         self.keys = keys
+        self.disabled = disabled
         self._quotas = quotas
         self._failover = failover
         self._encryptions = encryptions
@@ -220,6 +223,8 @@ class KeyStore:
                 continue
             if entry.state is not _ENABLED:
                 return kmi, entry
+            if self.disabled is not None and self.disabled.admit(key_id):
+                return kmi, replace(entry, state=KeyState.DISABLED)
             if kmi.state is not _DISCONNECTED:
                 present = present or (kmi, entry)
             first = first or (kmi, entry)

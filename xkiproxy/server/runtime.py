@@ -226,6 +226,7 @@ class Runtime:
             failover=self._failover(settings),
             encryptions=self.encryptions,
             keys=None if settings.keys is None else KeyPatterns(settings.keys),
+            disabled=KeyPatterns(settings.disabled_keys) if settings.disabled_keys else None,
         )
         protocol, networks = PROTOCOLS[settings.protocol](settings), settings.source_networks
         return Tenant(
