@@ -17,7 +17,7 @@ from typing import NamedTuple, Protocol
 
 from xkiproxy.crypto.operations import Fault, Operation, OperationError, Result
 from xkiproxy.kmi.base import KmiState
-from xkiproxy.kmi.dispatcher import Kmi
+from xkiproxy.kmi.contract import Kmi
 from xkiproxy.observability.timing import Timing
 
 _DISCONNECTED = KmiState.DISCONNECTED
