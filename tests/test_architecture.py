@@ -13,13 +13,14 @@ ROOT = Path(xkiproxy.__file__).parent
 
 MAY_IMPORT = {
     "crypto": set(),
-    "storage": set(),
+    "files": set(),
+    "storage": {"files"},
     "hardening": set(),
     "config": {"crypto"},
-    "observability": set(),
-    "kmi": {"crypto", "config", "hardening", "observability", "storage"},
+    "observability": {"files"},
+    "kmi": {"crypto", "config", "files", "hardening", "observability", "storage"},
     "protocols": {"crypto", "config"},
-    "keystores": {"crypto", "config", "kmi", "observability", "storage"},
+    "keystores": {"crypto", "config", "files", "kmi", "observability", "storage"},
     "conformance": set(),  # it shares no code with what it judges
     "server": {
         "crypto",

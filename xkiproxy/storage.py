@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
 
+from xkiproxy.files import sync_directory
+
 BUSY_TIMEOUT_SECONDS = 5.0
 """How long to wait for another process's write."""
 
@@ -171,11 +173,7 @@ def _temporary(path: Path, kind: FileKind) -> Path:
 def _publish(temporary: Path, path: Path, kind: FileKind) -> None:
     try:
         os.link(temporary, path)  # unlike a rename, this never replaces a file
-        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        sync_directory(path.parent)
     except FileExistsError:
         raise
     except OSError as error:
