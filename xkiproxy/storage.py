@@ -1,8 +1,8 @@
-"""SQLite files that hold what must not be lost: the keyring and the catalog.
+"""SQLite files that hold what must not be lost: keyring, catalog, count of encryptions.
 
-Both are opened the same way: in WAL mode with `synchronous = FULL` (a write that returned survives
-a power cut), marked with their own `application_id` and format number, checked for damage, and
-readable by nobody but their owner. A file appears under its name complete or not at all.
+All are opened the same way: in WAL mode with `synchronous = FULL` (a write that returned survives
+a power cut), marked with their own `application_id` and format number, checked for damage, and made
+readable by their owner alone. A file appears under its name complete or not at all.
 
 SQLite keeps POSIX locks on a file, and a process loses them when it closes any other descriptor of
 that file: so nothing here or elsewhere opens these files past SQLite.
