@@ -25,9 +25,10 @@ import uvloop
 from xkiproxy.config.models import Pkcs11Settings
 from xkiproxy.crypto.algorithms import KeySpec
 from xkiproxy.crypto.operations import Encrypt
-from xkiproxy.kmi.dispatcher import KmiMetrics, QueuedKmi
+from xkiproxy.kmi.metrics import KmiMetrics
 from xkiproxy.kmi.pkcs11.lane import Pkcs11Launcher
 from xkiproxy.kmi.pkcs11.manager import Pkcs11KeyManager
+from xkiproxy.kmi.queued import QueuedKmi
 from xkiproxy.observability.metrics import Metrics
 
 _MODULES = (

@@ -27,7 +27,8 @@ from xkiproxy.keystores.replay import ReplayWindow
 from xkiproxy.keystores.signing_keys import CachedSigningKeys
 from xkiproxy.keystores.sqlite_catalog import SqliteCatalog
 from xkiproxy.keystores.trail import Trail
-from xkiproxy.kmi.dispatcher import InlineKmi, KmiMetrics
+from xkiproxy.kmi.inline import InlineKmi
+from xkiproxy.kmi.metrics import KmiMetrics
 from xkiproxy.kmi.software import Keyring, SoftwareLane, create_keyring, new_master_key
 from xkiproxy.observability.audit import AuditLog, encode
 from xkiproxy.observability.metrics import Metrics

@@ -24,7 +24,8 @@ from xkiproxy.keystores.keystore import KeyStore
 from xkiproxy.keystores.replay import ReplayWindow
 from xkiproxy.keystores.signing_keys import CachedSigningKeys
 from xkiproxy.keystores.sqlite_catalog import SqliteCatalog
-from xkiproxy.kmi.dispatcher import InlineKmi, KmiMetrics
+from xkiproxy.kmi.inline import InlineKmi
+from xkiproxy.kmi.metrics import KmiMetrics
 from xkiproxy.kmi.software import Keyring, SoftwareLane, create_keyring, new_master_key
 from xkiproxy.observability.audit import AuditLog
 from xkiproxy.observability.metrics import Metrics

@@ -22,7 +22,7 @@ from xkiproxy.crypto.operations import KeyState, Operation, Result
 from xkiproxy.keystores.catalog import CatalogEntry
 from xkiproxy.keystores.keystore import KeyStore
 from xkiproxy.keystores.sqlite_catalog import SqliteCatalog
-from xkiproxy.kmi.dispatcher import InlineKmi
+from xkiproxy.kmi.inline import InlineKmi
 from xkiproxy.kmi.software import (
     Keyring,
     SoftwareLane,

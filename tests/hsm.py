@@ -31,7 +31,8 @@ from xkiproxy.crypto.operations import (
     Operation,
     Result,
 )
-from xkiproxy.kmi.dispatcher import Kmi, QueuedKmi
+from xkiproxy.kmi.contract import Kmi
+from xkiproxy.kmi.queued import QueuedKmi
 
 SOFTHSM = Path("/usr/lib/softhsm/libsofthsm2.so")
 PIN = "a-user-pin-1234"

@@ -1,8 +1,8 @@
-"""SQLite files that hold what must not be lost: the keyring and the catalog.
+"""SQLite files that hold what must not be lost: keyring, catalog, count of encryptions.
 
-Both are opened the same way: in WAL mode with `synchronous = FULL` (a write that returned survives
-a power cut), marked with their own `application_id` and format number, checked for damage, and
-readable by nobody but their owner. A file appears under its name complete or not at all.
+All are opened the same way: in WAL mode with `synchronous = FULL` (a write that returned survives
+a power cut), marked with their own `application_id` and format number, checked for damage, and made
+readable by their owner alone. A file appears under its name complete or not at all.
 
 SQLite keeps POSIX locks on a file, and a process loses them when it closes any other descriptor of
 that file: so nothing here or elsewhere opens these files past SQLite.
@@ -19,6 +19,8 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
+
+from xkiproxy.files import sync_directory
 
 BUSY_TIMEOUT_SECONDS = 5.0
 """How long to wait for another process's write."""
@@ -171,11 +173,7 @@ def _temporary(path: Path, kind: FileKind) -> Path:
 def _publish(temporary: Path, path: Path, kind: FileKind) -> None:
     try:
         os.link(temporary, path)  # unlike a rename, this never replaces a file
-        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        sync_directory(path.parent)
     except FileExistsError:
         raise
     except OSError as error:

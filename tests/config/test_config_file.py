@@ -347,7 +347,8 @@ def test_the_audit_log_of_a_worker_is_kept_as_the_configuration_says(tmp_path: P
         (tmp_path / "audit.key").unlink(missing_ok=True)
         write_secret_file(tmp_path / "audit.key", written + "\n")
         assert source.read_key() == key
-    for wrong in ("", "zz" * 32, key.hex()[:-2], b64encode(key + b"x").decode()):
+    loose = "B" * 43 + "="  # its last bits are none of a key's
+    for wrong in ("", "zz" * 32, key.hex()[:-2], b64encode(key + b"x").decode(), loose):
         (tmp_path / "audit.key").unlink()
         write_secret_file(tmp_path / "audit.key", wrong)
         with pytest.raises(SecretError, match=r"must be 32 bytes|is empty") as caught:

@@ -15,7 +15,8 @@ from xkiproxy.keystores.catalog import CatalogEntry
 from xkiproxy.keystores.key_patterns import KeyPatterns
 from xkiproxy.keystores.sqlite_catalog import SqliteCatalog
 from xkiproxy.kmi.base import KmiState
-from xkiproxy.kmi.dispatcher import InlineKmi, KmiMetrics
+from xkiproxy.kmi.inline import InlineKmi
+from xkiproxy.kmi.metrics import KmiMetrics
 from xkiproxy.kmi.software import Keyring, SoftwareLane, create_keyring, new_master_key
 from xkiproxy.observability.metrics import Metrics
 

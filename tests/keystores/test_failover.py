@@ -32,7 +32,7 @@ from xkiproxy.keystores.signing_keys import CachedSigningKeys
 from xkiproxy.keystores.sqlite_catalog import SqliteCatalog
 from xkiproxy.keystores.trail import Trail
 from xkiproxy.kmi.base import KmiState
-from xkiproxy.kmi.dispatcher import Kmi
+from xkiproxy.kmi.contract import Kmi
 from xkiproxy.kmi.standing import Standing
 from xkiproxy.observability.metrics import FailoverMetrics, Metrics
 from xkiproxy.observability.timing import Timing

@@ -15,7 +15,9 @@ import pytest
 
 from xkiproxy.crypto.operations import Fault, OperationError, Random, RandomBytes
 from xkiproxy.kmi.base import BreakReason, KmiState, LaneError, LaneState, Settle
-from xkiproxy.kmi.dispatcher import InlineKmi, KmiMetrics, QueuedKmi
+from xkiproxy.kmi.inline import InlineKmi
+from xkiproxy.kmi.metrics import KmiMetrics
+from xkiproxy.kmi.queued import QueuedKmi
 from xkiproxy.observability.metrics import Metrics
 
 
@@ -269,7 +271,7 @@ async def test_a_lane_that_cannot_count_is_not_lost(start: Start) -> None:
             else:
                 assert isinstance(outcome, OperationError)
                 assert outcome.fault is Fault.INTERNAL
-    assert kmi._lanes[0].batches == [1, 1, 1, 4, 4, 3, 1]
+    assert kmi._supervision.lanes[0].batches == [1, 1, 1, 4, 4, 3, 1]
 
 
 async def test_an_error_of_one_operation_stays_with_it(start: Start) -> None:
@@ -364,7 +366,7 @@ async def test_a_lane_that_raises_what_nobody_expects_is_replaced(start: Start) 
     for lane in lanes[:2]:
         lane.bug = AttributeError("planted")
     assert await fault(kmi, 1) is Fault.UNAVAILABLE  # on both: it may be the cause
-    await until(lambda: set(lanes[2:]) == set(kmi._lanes))
+    await until(lambda: set(lanes[2:]) == set(kmi._supervision.lanes))
     assert [lane.closed for lane in lanes] == [True, True, False, False]
     assert kmi.state is KmiState.CONNECTED
     assert await submit(kmi, 1) == RandomBytes(bytes(1))
@@ -377,7 +379,7 @@ async def test_a_broken_lane_is_replaced(start: Start) -> None:
     first, second = FakeLane(), FakeLane()
     kmi = await start(first, spare=[second])
     first.die()
-    await until(lambda: second in kmi._lanes)
+    await until(lambda: second in kmi._supervision.lanes)
     assert await submit(kmi, 1) == RandomBytes(bytes(1))
     assert (first.batches, second.batches, first.closed) == ([], [1], True)
     assert sample(kmi, "xkiproxy_kmi_lane_restarts_total", reason="device") == 1
@@ -426,7 +428,7 @@ async def test_a_refused_login_is_never_tried_again(start: Start) -> None:
     before = kmi.launcher.launches
     for lane in lanes:
         lane.die()
-    await until(lambda: all(task.done() for task in kmi._supervisors))
+    await until(lambda: all(task.done() for task in kmi._supervision._supervisors))
     assert kmi.launcher.launches == before + 3  # the launcher sees to it that one PIN is sent
     assert (kmi.state, kmi.error) == (KmiState.DISCONNECTED, "the token refused the PIN")
     assert kmi.lanes == [LaneState.FAILED] * 3
@@ -518,7 +520,7 @@ async def test_that_lanes_start_one_after_the_other_is_no_warning(
 
 
 async def test_a_start_that_hangs_holds_up_no_other(start: Start, monkeypatch) -> None:
-    monkeypatch.setattr("xkiproxy.kmi.dispatcher._PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr("xkiproxy.kmi.supervision._PATIENCE_SECONDS", 0.1)
     lane, hole = FakeLane(), asyncio.Event()
 
     class Launcher(FakeLauncher):
@@ -663,8 +665,8 @@ async def test_inline_kmi() -> None:
 @pytest.fixture
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lanes are tried at home without much waiting."""
-    monkeypatch.setattr("xkiproxy.kmi.dispatcher._HOME_SECONDS", 0.02)
-    monkeypatch.setattr("xkiproxy.kmi.dispatcher._DRAIN_SECONDS", 0.2)
+    monkeypatch.setattr("xkiproxy.kmi.supervision._HOME_SECONDS", 0.02)
+    monkeypatch.setattr("xkiproxy.kmi.supervision._DRAIN_SECONDS", 0.2)
 
 
 @pytest.mark.usefixtures("often")
@@ -797,7 +799,7 @@ async def test_a_start_at_home_that_takes_long_to_end_delays_nothing(
     kmi.launcher.away = True
     await until(lambda: kmi.launcher.home_launches == 1)
     away.die()
-    await until(lambda: next_ in kmi._lanes)
+    await until(lambda: next_ in kmi._supervision.lanes)
     assert not ended.is_set()
     assert await submit(kmi, 1) == RandomBytes(bytes(1))
     await kmi.close()
@@ -836,4 +838,4 @@ async def test_a_batch_leaves_out_what_is_over_by_the_clock(start: Start, monkey
     assert await late is Fault.DEADLINE_EXCEEDED
     await asyncio.gather(running, good)
     assert lane.batches == [1, 1]
-    assert not kmi._deadlines._waiting
+    assert not kmi._queue.deadlines._waiting

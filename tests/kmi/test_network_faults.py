@@ -16,7 +16,7 @@ from benchmarks.relay import Relay
 from xkiproxy.config.models import KmiSettings
 from xkiproxy.crypto.algorithms import KeySpec
 from xkiproxy.crypto.operations import Encrypt, Encrypted, Fault, OperationError
-from xkiproxy.kmi.dispatcher import QueuedKmi
+from xkiproxy.kmi.queued import QueuedKmi
 from xkiproxy.kmi.registry import open_key_manager, open_kmi
 from xkiproxy.observability.metrics import Metrics
 

@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 
 from xkiproxy.config import Config
 from xkiproxy.config.models import split_address
+from xkiproxy.config.tls import tls_reason
 
 _MAX_ANSWER_SIZE = 1 << 20
 
@@ -205,8 +206,7 @@ def _secure(
         came = _fingerprint_of(endpoint, plain.gettimeout())
         raise CertificateError(error.verify_message, came) from None
     except OSError as error:
-        reason = getattr(error, "reason", None) or error.strerror or str(error)
-        raise HandshakeError(str(reason)) from None
+        raise HandshakeError(tls_reason(error) or str(error)) from None
     timings.tls = _milliseconds(start)
     came = _fingerprint(connection)
     if trust.certificate_sha256 and not hmac.compare_digest(trust.certificate_sha256, came):
@@ -262,7 +262,7 @@ def _exchange(
     except TimeoutError:
         raise AnswerError("no answer within the timeout") from None
     except OSError as error:
-        raise AnswerError(str(getattr(error, "reason", None) or error.strerror or error)) from None
+        raise AnswerError(tls_reason(error) or str(error)) from None
     if len(data) > _MAX_ANSWER_SIZE:
         raise AnswerError("the answer is over 1 MiB")
     return answer.status, answer.headers, data

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import os
 import pwd
+import re
 import stat
-from base64 import b64decode
+from base64 import b64decode, b64encode
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,8 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from xkiproxy.config.paths import ConfigPath
 
 _MAX_SECRET_SIZE = 1 << 20
-_KEY_SIZE = 32
-_HEX_SIZE = 2 * _KEY_SIZE
+_HEX = re.compile(r"[0-9A-Fa-f]{64}")
+_BASE64 = re.compile(r"[A-Za-z0-9+/]{43}=")
 
 _handed: dict[str, str] = {}
 """Secrets that another process has read for this one, by the text of their source."""
@@ -100,14 +100,10 @@ class SecretSource(BaseModel):
     def read_key(self) -> bytes:
         """The secret as a key: 32 bytes in Base64 or hex; raises SecretError."""
         text = self.read()
-        with suppress(ValueError):
-            key = bytes.fromhex(text) if len(text) == _HEX_SIZE else b64decode(text, validate=True)
-            if len(key) == _KEY_SIZE:
-                return key
-        raise SecretError(
-            f"{self}: must be {_KEY_SIZE} bytes, as 44 characters of Base64 or {_HEX_SIZE} of hex;"
-            f" it has {len(text)} characters"
-        )
+        try:
+            return parse_key(text)
+        except ValueError as error:
+            raise SecretError(f"{self}: {error}") from None
 
     def read(self) -> str:
         """The secret as text, without white space around it; raises SecretError."""
@@ -130,6 +126,19 @@ class SecretSource(BaseModel):
             # An empty PIN would be tried, and tokens lock after a few.
             raise SecretError(f"{path}: is empty")
         return text
+
+
+def parse_key(text: str) -> bytes:
+    """The 32 bytes that a text is in Base64 or hex; a ValueError says why it is none."""
+    if _HEX.fullmatch(text):
+        return bytes.fromhex(text)
+    if _BASE64.fullmatch(text):
+        key = b64decode(text)
+        if b64encode(key).decode() == text:  # one key, one spelling
+            return key
+    raise ValueError(
+        f"must be 32 bytes, as 44 characters of Base64 or 64 of hex; it has {len(text)} characters"
+    )
 
 
 def write_secret_file(path: Path, text: str) -> None:

@@ -70,7 +70,7 @@ def client_context(settings: ClientTlsSettings) -> ssl.SSLContext:
     try:
         context = ssl.create_default_context(cafile=settings.ca)
     except (OSError, ssl.SSLError) as error:
-        raise TlsError(f"{settings.ca}: {tls_reason(error)}") from None
+        raise TlsError(f"{settings.ca}: {tls_reason(error) or 'cannot be read'}") from None
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     if settings.certificate is not None and settings.private_key is not None:
         certificate = read_pem(settings.certificate)
@@ -116,9 +116,9 @@ def use_certificate(context: ssl.SSLContext, certificate: Pem, key: Pem) -> None
         raise TlsError(f"{key.path}: {error.strerror}") from None
 
 
-def tls_reason(error: OSError) -> str:
-    """What is wrong, in OpenSSL's words or the system's."""
-    return getattr(error, "reason", None) or error.strerror or "cannot be read"
+def tls_reason(error: BaseException) -> str:
+    """What is wrong, in OpenSSL's words or the system's; empty if neither has any."""
+    return str(getattr(error, "reason", None) or getattr(error, "strerror", None) or "")
 
 
 def _no_passphrase() -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import struct
 
-from xkiproxy.crypto.operations import invalid_ciphertext
+from xkiproxy.crypto.operations import Fault, OperationError, invalid_ciphertext
 
 METADATA_SIZE = 5
 """Bytes of metadata in front of (XKI) or beside (XKS) a ciphertext."""
@@ -41,6 +41,14 @@ def key_version(data: bytes) -> int:
     if form != _FORMAT or version == 0:
         raise invalid_ciphertext()
     return int(version)
+
+
+def version_unknown() -> OperationError:
+    """A raw ciphertext names no version: it can only belong to a key that has one."""
+    return OperationError(
+        Fault.UNSUPPORTED,
+        "The key was rotated, and a raw ciphertext cannot say which version made it.",
+    )
 
 
 def integrity_value(aad: bytes, metadata_: bytes, iv: bytes, ciphertext: bytes) -> bytes:

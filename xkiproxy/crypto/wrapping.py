@@ -17,8 +17,7 @@ curve, and nothing else, comes from `gmssl`. What gmssl 3.2.2 does around it mus
 - Neither the point nor its coordinates are ever checked. They are here, when a key is loaded.
 - It is not constant-time. k is used once, so that timings of many wrappings tell nothing together.
 
-Wrapping under SM2 takes many milliseconds in pure Python: `wrap` is a plain function of picklable
-arguments, to be called in a worker.
+Wrapping under SM2 takes many milliseconds in pure Python: `wrap` is to be called in a thread.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from xkiproxy.keystores.catalog import Catalog
 from xkiproxy.keystores.key_patterns import KeyPatterns
 from xkiproxy.keystores.keystore import decrypts_to, opening
 from xkiproxy.kmi.base import KmiState
-from xkiproxy.kmi.dispatcher import Kmi
+from xkiproxy.kmi.contract import Kmi
 
 _AT_ONCE = 8
 _SECONDS = 10.0

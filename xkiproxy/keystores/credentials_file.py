@@ -6,16 +6,15 @@ Two changes at a time wait for each other, on a lock of the directory.
 
 from __future__ import annotations
 
-import fcntl
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import tomli_w
 
 from xkiproxy.config.secrets import SecretSource
+from xkiproxy.files import locked, replacing
 from xkiproxy.keystores.credentials import Credential, CredentialError, load_credentials
 
 _HEADER = (
@@ -66,33 +65,19 @@ def changing_credentials(path: Path) -> Iterator[list[Credential]]:
 
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    try:
-        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        raise CredentialError(f"{directory}: {error.strerror}") from None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(directory))
+        except OSError as error:
+            raise CredentialError(f"{directory}: {error.strerror}") from None
         yield
-    finally:
-        os.close(descriptor)  # which unlocks it
 
 
 def _replace(path: Path, text: str) -> None:
     try:
-        # mkstemp makes files of mode 0600.
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                _keep_owner(path, file.fileno())
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(name).replace(path)
-        except BaseException:
-            with suppress(OSError):
-                Path(name).unlink()
-            raise
-        _sync_directory(path.parent)
+        with replacing(path, durable=True) as file:
+            _keep_owner(path, file.fileno())
+            file.write(text)
     except OSError as error:
         raise CredentialError(f"{path}: cannot be written: {error.strerror}") from None
 
@@ -103,11 +88,3 @@ def _keep_owner(path: Path, descriptor: int) -> None:
         status = path.stat()
         if status.st_uid != os.geteuid():
             os.fchown(descriptor, status.st_uid, status.st_gid)
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

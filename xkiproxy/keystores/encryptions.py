@@ -22,9 +22,6 @@ from pathlib import Path
 from xkiproxy.keystores.catalog import CatalogEntry
 from xkiproxy.storage import Database, FileKind, new_database
 
-LIMIT = 2**32
-"""Encryptions under one version of a key, with random IVs (NIST SP 800-38D section 8.3)."""
-
 Counts = Mapping[tuple[str, str, int], int]
 """Encryptions by KMI, key ID and version."""
 

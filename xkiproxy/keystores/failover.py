@@ -13,11 +13,12 @@ import asyncio
 import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from xkiproxy.crypto.operations import Fault, Operation, OperationError, Result
 from xkiproxy.kmi.base import KmiState
-from xkiproxy.kmi.dispatcher import Kmi
+from xkiproxy.kmi.contract import Kmi
+from xkiproxy.observability.metrics import FailoverMetrics
 from xkiproxy.observability.timing import Timing
 
 _DISCONNECTED = KmiState.DISCONNECTED
@@ -42,20 +43,10 @@ Enter = Callable[[Kmi], None]
 """Checks that an operation is allowed there now, and notes the KMI; raises OperationError."""
 
 
-class Counts(Protocol):
-    """Who counts what happens here."""
-
-    def failed_over(self, preferred: str, served: str) -> None:
-        """A request was served by a KMI further down the list."""
-
-    def hedged(self, outcome: str) -> None:
-        """A second KMI was asked too: `won` if its answer came first, else `lost`."""
-
-
 class Failover:
     """Asks the KMIs of a key store one after the other."""
 
-    def __init__(self, counts: Counts, hedge_after: float | None = None) -> None:
+    def __init__(self, counts: FailoverMetrics, hedge_after: float | None = None) -> None:
         """`hedge_after`: the second KMI is asked too when the first has been silent for so long.
 
         It is in seconds; None: never.

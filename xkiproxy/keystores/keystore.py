@@ -41,7 +41,7 @@ from xkiproxy.keystores.replay import Replay
 from xkiproxy.keystores.signing_keys import CachedSigningKeys
 from xkiproxy.keystores.trail import Trail
 from xkiproxy.kmi.base import KmiState
-from xkiproxy.kmi.dispatcher import Kmi
+from xkiproxy.kmi.contract import Kmi
 from xkiproxy.observability.timing import Timing
 
 MAX_CHECK_AGE_SECONDS = 60.0

@@ -6,11 +6,10 @@ file with what it knows, under a lock, and later times win.
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-import tempfile
 from pathlib import Path
+
+from xkiproxy.files import locked, replacing
 
 Times = dict[str, dict[str, float]]
 """Seconds since the epoch, by key store and access key ID."""
@@ -52,12 +51,8 @@ class LastUse:
         seen = {store: dict(times) for store, times in self._seen.items() if times}
         if seen == self._written:
             return
-        descriptor = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with locked(self._path.parent):
             self._merge(seen)
-        finally:
-            os.close(descriptor)  # which unlocks it
         self._written = seen
 
     def _merge(self, seen: Times) -> None:
@@ -66,11 +61,5 @@ class LastUse:
             known = merged.setdefault(store, {})
             for name, at in times.items():
                 known[name] = max(at, known.get(name, 0.0))
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{_NAME}.", dir=self._path.parent)
-        try:
-            with os.fdopen(descriptor, "w") as file:
-                json.dump(merged, file)
-            Path(temporary).replace(self._path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        with replacing(self._path, durable=False) as file:
+            json.dump(merged, file)

@@ -19,7 +19,9 @@ from xkiproxy.config.models import (
 from xkiproxy.kmi.base import KeyManager, KeyManagerError, Launcher
 
 if TYPE_CHECKING:
-    from xkiproxy.kmi.dispatcher import Kmi, KmiMetrics, QueuedKmi
+    from xkiproxy.kmi.contract import Kmi
+    from xkiproxy.kmi.metrics import KmiMetrics
+    from xkiproxy.kmi.queued import QueuedKmi
     from xkiproxy.observability.metrics import Metrics
 
 
@@ -52,7 +54,8 @@ def open_kmi(settings: KmiSettings, metrics: Metrics) -> Kmi:
         SecretError: a secret for it cannot be had.
         OperationError: its keys cannot be read.
     """
-    from xkiproxy.kmi.dispatcher import InlineKmi, KmiMetrics
+    from xkiproxy.kmi.inline import InlineKmi
+    from xkiproxy.kmi.metrics import KmiMetrics
 
     bound = KmiMetrics(metrics, settings.name)
     if isinstance(settings, SoftwareSettings):
@@ -80,7 +83,7 @@ def _queued(
     launcher: Launcher,
     metrics: KmiMetrics,
 ) -> QueuedKmi:
-    from xkiproxy.kmi.dispatcher import QueuedKmi
+    from xkiproxy.kmi.queued import QueuedKmi
 
     return QueuedKmi(
         settings.name,

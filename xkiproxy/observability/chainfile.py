@@ -12,6 +12,7 @@ from hmac import HMAC
 from pathlib import Path
 from typing import Any
 
+from xkiproxy.files import sync_directory
 from xkiproxy.observability.chain import (
     FILE,
     OPENED,
@@ -77,7 +78,7 @@ class ChainFile:
                 self.ahead = read_run(path)
             self.settle(known, previous)
             if fsync:
-                _sync_folder(path.parent)  # its name too outlives a power cut
+                sync_directory(path.parent)  # its name too outlives a power cut
         except BaseException:
             os.close(self.descriptor)
             raise
@@ -213,11 +214,3 @@ def _open_locked(path: Path) -> int:
         os.close(descriptor)
         raise
     return descriptor
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

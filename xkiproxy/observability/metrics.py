@@ -160,5 +160,5 @@ class FailoverMetrics:
         self._metrics.kmi_failovers.labels(self._keystore, preferred, served).inc()
 
     def hedged(self, outcome: str) -> None:
-        """Count a request that a second KMI was asked too."""
+        """Count a request that a second KMI was asked too: it `won` or `lost`."""
         self._metrics.kmi_hedges.labels(self._keystore, outcome).inc()

@@ -32,12 +32,10 @@ _SEND_BUFFER = 256 << 10
 """Of the kernel (which takes the double): a server that stalls is to be noticed soon."""
 
 
-def syslog_frame(
-    facility: str, app_name: str, procid: str, hostname: str = ""
-) -> Callable[[Sequence[bytes]], bytes]:
+def syslog_frame(facility: str, app_name: str, procid: str) -> Callable[[Sequence[bytes]], bytes]:
     """What makes messages of lines: each line is the MSG of one, unchanged, without a BOM."""
     priority = FACILITIES.index(facility) * 8 + _INFORMATIONAL
-    host = _printable(hostname or socket.gethostname(), 255)
+    host = _printable(socket.gethostname(), 255)
     names = f"{host} {_printable(app_name, 48)} {_printable(procid, 128)} audit -"
 
     def frame(lines: Sequence[bytes]) -> bytes:

@@ -33,7 +33,9 @@ def server_context(settings: TlsSettings, files: TlsFiles) -> ssl.SSLContext:
             with as_file(files.client_ca) as file:
                 context.load_verify_locations(cafile=file)
         except (OSError, ssl.SSLError) as error:
-            raise TlsError(f"{files.client_ca.path}: {tls_reason(error)}") from None
+            raise TlsError(
+                f"{files.client_ca.path}: {tls_reason(error) or 'cannot be read'}"
+            ) from None
     context.sslobject_class = _checked_object(frozenset(settings.client_names))
     return context
 

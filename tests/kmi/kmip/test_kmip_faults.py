@@ -29,12 +29,12 @@ from xkiproxy.crypto.operations import (
     Result,
 )
 from xkiproxy.kmi.base import BreakReason, KmiState, LaneError
-from xkiproxy.kmi.dispatcher import QueuedKmi
 from xkiproxy.kmi.kmip import KmipLauncher, ttlv
 from xkiproxy.kmi.kmip import lane as lane_module
 from xkiproxy.kmi.kmip.lane import KmipLane
 from xkiproxy.kmi.kmip.messages import Op, Reason, Tag
 from xkiproxy.kmi.kmip.ttlv import Structure
+from xkiproxy.kmi.queued import QueuedKmi
 from xkiproxy.kmi.registry import open_kmi
 from xkiproxy.observability.metrics import Metrics
 

@@ -38,11 +38,12 @@ from xkiproxy.crypto.operations import (
     Result,
 )
 from xkiproxy.kmi.base import BreakReason, KeyManagerError, KmiState, LaneError
-from xkiproxy.kmi.dispatcher import KmiMetrics, QueuedKmi
 from xkiproxy.kmi.kmip import KmipKeyManager, KmipLauncher
 from xkiproxy.kmi.kmip import connection as connection_module
 from xkiproxy.kmi.kmip import manager as manager_module
 from xkiproxy.kmi.kmip.lane import KmipLane
+from xkiproxy.kmi.metrics import KmiMetrics
+from xkiproxy.kmi.queued import QueuedKmi
 from xkiproxy.observability.metrics import Metrics
 
 AAD = b"account=1"

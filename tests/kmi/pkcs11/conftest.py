@@ -10,8 +10,8 @@ from hsm import PIN, SOFTHSM, Hsm, make_hsm, run
 
 from xkiproxy.config.models import Pkcs11Settings
 from xkiproxy.config.secrets import write_secret_file
-from xkiproxy.kmi.dispatcher import QueuedKmi
 from xkiproxy.kmi.pkcs11.manager import Pkcs11KeyManager
+from xkiproxy.kmi.queued import QueuedKmi
 from xkiproxy.kmi.registry import open_kmi
 from xkiproxy.observability.metrics import Metrics
 

@@ -23,8 +23,8 @@ from xkiproxy.crypto.operations import (
     OperationError,
 )
 from xkiproxy.kmi.base import KeyInfo, KeyManagerError
-from xkiproxy.kmi.dispatcher import QueuedKmi
 from xkiproxy.kmi.pkcs11.manager import Pkcs11KeyManager
+from xkiproxy.kmi.queued import QueuedKmi
 
 VALUE = os.urandom(32)
 

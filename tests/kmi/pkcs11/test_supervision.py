@@ -33,7 +33,7 @@ from hsm import (
 from xkiproxy.config.secrets import write_secret_file
 from xkiproxy.crypto.operations import Encrypt, Encrypted, Fault, OperationError, Random
 from xkiproxy.kmi.base import KmiState
-from xkiproxy.kmi.dispatcher import QueuedKmi
+from xkiproxy.kmi.queued import QueuedKmi
 
 VALUE = os.urandom(32)
 RETURN_SECONDS = 5.0
@@ -450,7 +450,7 @@ async def test_a_module_that_is_none(hsm: Hsm, start_kmi, module: str) -> None:
 async def test_two_tokens_share_the_lanes_and_one_may_go_and_return(
     hsm: Hsm, start_kmi, monkeypatch
 ) -> None:
-    monkeypatch.setattr("xkiproxy.kmi.dispatcher._HOME_SECONDS", 0.2)
+    monkeypatch.setattr("xkiproxy.kmi.supervision._HOME_SECONDS", 0.2)
     folder = hsm.add_token("t2")
     hsm.plant("key", VALUE)
     hsm.plant("key", VALUE, token="t2")

@@ -40,7 +40,7 @@ from xkiproxy.crypto.operations import (
     RandomBytes,
 )
 from xkiproxy.kmi.base import KeyManagerError, KmiState
-from xkiproxy.kmi.dispatcher import QueuedKmi
+from xkiproxy.kmi.queued import QueuedKmi
 
 RAW = CiphertextFormat.RAW
 KEYS = {name: os.urandom(size) for name, size in (("aes128", 16), ("aes192", 24), ("aes256", 32))}

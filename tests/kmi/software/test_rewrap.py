@@ -196,7 +196,7 @@ def fail(*args: object, **kwargs: object) -> None:
     raise OSError(5, "planted")
 
 
-@pytest.mark.parametrize("target", ["os.link", "write_secret_file", "_sync"])
+@pytest.mark.parametrize("target", ["os.link", "write_secret_file", "sync_directory"])
 def test_a_new_master_key_that_cannot_be_written(
     target: str,
     settings: SoftwareSettings,

@@ -10,7 +10,7 @@ from transit import TransitSite
 from transit_server import TransitServer
 
 from xkiproxy.config.models import TransitSettings
-from xkiproxy.kmi.dispatcher import QueuedKmi
+from xkiproxy.kmi.queued import QueuedKmi
 from xkiproxy.kmi.registry import open_kmi
 from xkiproxy.kmi.transit import TransitKeyManager
 from xkiproxy.observability.metrics import Metrics

@@ -30,7 +30,7 @@ from xkiproxy.crypto.operations import (
     RandomBytes,
 )
 from xkiproxy.kmi.base import KmiState
-from xkiproxy.kmi.dispatcher import QueuedKmi
+from xkiproxy.kmi.queued import QueuedKmi
 from xkiproxy.kmi.registry import open_kmi
 from xkiproxy.observability.metrics import Metrics
 

@@ -21,7 +21,7 @@ from xkiproxy.crypto.algorithms import (
     Algorithm,
     Padding,
 )
-from xkiproxy.crypto.envelope import authenticated_data
+from xkiproxy.crypto.envelope import authenticated_data, version_unknown
 from xkiproxy.crypto.operations import (
     CiphertextFormat,
     Decrypt,
@@ -495,15 +495,9 @@ def _padding(algorithm: Algorithm, padding: Padding | None) -> int:
 
 
 def _check_single_version(key: Key) -> None:
-    """A ciphertext that names no version can only belong to a key that has one.
-
-    One that is not activated has made none.
-    """
+    """See `version_unknown`; a version that is not activated has made no ciphertext."""
     if len(key.versions) != 1 and len(key.info.versions) != 1:
-        raise OperationError(
-            Fault.UNSUPPORTED,
-            "The key was rotated, and a raw ciphertext cannot say which version made it.",
-        )
+        raise version_unknown()
 
 
 def _unusable(item: KeyObject) -> OperationError:

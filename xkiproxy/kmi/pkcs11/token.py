@@ -602,10 +602,7 @@ def _choose(key: _Key, algorithm: str | None) -> Algorithm:
 
 def _check_single_version(key: _Key) -> None:
     if len(key.versions) != 1:
-        raise OperationError(
-            Fault.UNSUPPORTED,
-            "The key was rotated, and a raw ciphertext cannot say which version made it.",
-        )
+        raise envelope.version_unknown()
 
 
 def _versions(objects: Sequence[Any]) -> dict[int, Any]:

@@ -21,7 +21,6 @@ from __future__ import annotations
 import base64
 import hmac
 import os
-import re
 import sqlite3
 import struct
 import time
@@ -39,19 +38,16 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from xkiproxy.config.models import SoftwareSettings
+from xkiproxy.config.secrets import parse_key
 from xkiproxy.crypto.algorithms import KEY_SIZES, KeySpec
 from xkiproxy.kmi.base import KeyInfo, KeyManagerError, check_key_id
 from xkiproxy.storage import Database, FileKind, new_database
 
-MASTER_KEY_SIZE = 32
-"""Bytes in a master key."""
-
+_MASTER_KEY_SIZE = 32
 _SALT_SIZE = 32
 _NONCE_SIZE = 12
 _KEK_INFO = b"xkiproxy keyring v1"
 _CHECK_INFO = b"xkiproxy keyring v1 check"
-_HEX = re.compile(r"[0-9A-Fa-f]{64}")
-_BASE64 = re.compile(r"[A-Za-z0-9+/]{43}=")
 _GIVEN = "the given text"
 _LENGTH = struct.Struct(">H")
 _VERSION = struct.Struct(">I")
@@ -359,20 +355,14 @@ def create_keyring(path: Path, master_key: str) -> None:
 
 def new_master_key() -> str:
     """A new master key: 32 random bytes in Base64, 44 characters."""
-    return base64.b64encode(os.urandom(MASTER_KEY_SIZE)).decode()
+    return base64.b64encode(os.urandom(_MASTER_KEY_SIZE)).decode()
 
 
 def _parse_master_key(text: str, source: str) -> bytes:
-    if _HEX.fullmatch(text):
-        return bytes.fromhex(text)
-    if _BASE64.fullmatch(text):
-        secret = base64.b64decode(text)
-        if base64.b64encode(secret).decode() == text:  # one key, one spelling
-            return secret
-    raise KeyManagerError(
-        f"master key in {source}: must be {MASTER_KEY_SIZE} bytes, as 44 characters of Base64"
-        f" or 64 of hex; it has {len(text)} characters"
-    )
+    try:
+        return parse_key(text)
+    except ValueError as error:
+        raise KeyManagerError(f"master key in {source}: {error}") from None
 
 
 def _derive(secret: bytes, salt: bytes, info: bytes) -> bytes:

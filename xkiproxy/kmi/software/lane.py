@@ -25,7 +25,7 @@ from xkiproxy.crypto.algorithms import (
     KeySpec,
     Padding,
 )
-from xkiproxy.crypto.envelope import authenticated_data
+from xkiproxy.crypto.envelope import authenticated_data, version_unknown
 from xkiproxy.crypto.operations import (
     CiphertextFormat,
     Decrypt,
@@ -283,12 +283,8 @@ def _block_mode(algorithm: Algorithm, iv: bytes) -> modes.CBC | modes.ECB:
 
 
 def _check_single_version(key: _Key) -> None:
-    """A ciphertext that names no version can only belong to a key that has one."""
     if len(key.versions) != 1:
-        raise OperationError(
-            Fault.UNSUPPORTED,
-            "The key was rotated, and a raw ciphertext cannot say which version made it.",
-        )
+        raise version_unknown()
 
 
 def _unsupported(key: _Key, algorithm: Algorithm) -> OperationError:

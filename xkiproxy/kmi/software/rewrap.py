@@ -15,15 +15,15 @@ reports a failure may hold the transaction all the same.
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from xkiproxy.config.models import SoftwareSettings
 from xkiproxy.config.secrets import SecretSource, write_secret_file
+from xkiproxy.files import locked, sync_directory
 from xkiproxy.kmi.base import KeyManagerError
 from xkiproxy.kmi.software.keyring import (
     Keyring,
@@ -127,7 +127,7 @@ def _write_new_key(place: Path) -> None:
             os.link(part, place)  # unlike a rename, this never replaces a file
         finally:
             part.unlink(missing_ok=True)
-        _sync(place.parent)
+        sync_directory(place.parent)
     except OSError as error:
         raise KeyManagerError(
             f"master key {place}: cannot be written ({error.strerror}); the keyring was not changed"
@@ -137,7 +137,7 @@ def _write_new_key(place: Path) -> None:
 def _move(place: Path, target: Path, keyring: Path) -> None:
     try:
         place.rename(target)
-        _sync(target.parent)
+        sync_directory(target.parent)
     except OSError as error:
         raise KeyManagerError(
             f"master key {target}: cannot be replaced ({error.strerror}); keyring {keyring} is"
@@ -145,29 +145,17 @@ def _move(place: Path, target: Path, keyring: Path) -> None:
         ) from None
 
 
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 @contextmanager
 def _alone(directory: Path) -> Iterator[None]:
     """Keep other rewraps out: two that write a new master key would each think it theirs."""
-    try:
-        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        raise KeyManagerError(f"{directory}: {error.strerror}; nothing was changed") from None
-    try:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            stack.enter_context(locked(directory, wait=False))
+        except BlockingIOError as error:
             raise KeyManagerError(
                 f"{directory}: another rewrap is at work there ({error.strerror});"
                 " nothing was changed"
             ) from None
+        except OSError as error:
+            raise KeyManagerError(f"{directory}: {error.strerror}; nothing was changed") from None
         yield
-    finally:
-        os.close(descriptor)

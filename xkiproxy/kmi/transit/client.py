@@ -252,10 +252,6 @@ class TransitClient:
         self._say(f"{self._mount}/{kind}: {self._login.clean(words)}")
         return OperationError(Fault.UNAVAILABLE, "The key manager cannot do it now.")
 
-    def words(self, answer: Answer) -> str:
-        """An answer's errors on one line, without any secret of ours."""
-        return self._login.words(answer)
-
     def _say(self, message: str) -> None:
         """Log for administrators, the same once a minute: a request may be made often."""
         now = time.monotonic()

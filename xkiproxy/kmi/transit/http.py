@@ -19,7 +19,7 @@ from yarl import URL
 from xkiproxy import __version__
 from xkiproxy.config.models import TransitSettings
 from xkiproxy.config.secrets import SecretError
-from xkiproxy.config.tls import TlsError, client_context, read_pem, use_certificate
+from xkiproxy.config.tls import TlsError, client_context, read_pem, tls_reason, use_certificate
 from xkiproxy.kmi.base import BreakReason, KeyManagerError, LaneError
 
 _KEEP_ALIVE_SECONDS = 60.0
@@ -244,5 +244,4 @@ class Http:
 
 def _reason(error: BaseException) -> str:
     """One line that says what an error of the system or of TLS is."""
-    text = getattr(error, "reason", None) or getattr(error, "strerror", None)
-    return str(text or type(error).__name__)
+    return tls_reason(error) or type(error).__name__

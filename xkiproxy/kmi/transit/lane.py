@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from xkiproxy.config.models import TransitSettings
 from xkiproxy.crypto.algorithms import IV_SIZES, TAG_SIZE, Algorithm
-from xkiproxy.crypto.envelope import authenticated_data
+from xkiproxy.crypto.envelope import authenticated_data, version_unknown
 from xkiproxy.crypto.operations import (
     CiphertextFormat,
     Decrypt,
@@ -335,22 +335,24 @@ def _admitted(
 ) -> Iterable[tuple[int, Any]]:
     """The operations that Transit can do; the others are settled."""
     for index, operation in items:
-        why = _unsupported(operation, key)
-        if why:
-            settle(index, OperationError(Fault.UNSUPPORTED, why))
+        refusal = _unsupported(operation, key)
+        if refusal is not None:
+            settle(index, refusal)
         else:
             yield index, operation
 
 
-def _unsupported(operation: Encrypt | Decrypt, key: TransitKey) -> str:
+def _unsupported(operation: Encrypt | Decrypt, key: TransitKey) -> OperationError | None:
     algorithm = operation.algorithm
     if algorithm is not None and algorithm is not Algorithm.AES_GCM:
-        return f"The key's manager, Transit, does AES_GCM, not {algorithm}."
+        what = f"The key's manager, Transit, does AES_GCM, not {algorithm}."
+        return OperationError(Fault.UNSUPPORTED, what)
     if isinstance(operation, Encrypt) and operation.iv is not None:
-        return "The key's manager, Transit, draws every IV itself: send none."
+        what = "The key's manager, Transit, draws every IV itself: send none."
+        return OperationError(Fault.UNSUPPORTED, what)
     if operation.format is CiphertextFormat.RAW and key.latest != 1:
-        return "The key was rotated, and a raw ciphertext cannot say which version made it."
-    return ""
+        return version_unknown()
+    return None
 
 
 def _plaintext_of(key: TransitKey) -> Callable[[Encrypt], Mapping[str, Any]]:
