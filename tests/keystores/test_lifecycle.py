@@ -284,6 +284,20 @@ def test_the_day_begins_anew_where_nobody_has_looked(host: Host, pause: float) -
     assert [entry.key_id for entry in host.purge(after)] == ["k"]
 
 
+def test_when_a_key_is_destroyed_is_known_before(host: Host) -> None:
+    when = due(host)
+
+    def expected(now: float) -> float:
+        (entry,) = host.catalog.entries()
+        return lifecycle.expected_destruction(entry, now)
+
+    assert expected(when - 5 * DAY) == when + DAY
+    assert expected(when + 60) == when + 60 + DAY  # no server has seen it due
+    half = host.watch(when + 60, DAY / 2)
+    assert expected(half) == when + 60 + DAY
+    assert expected(half + 9 * DAY) == half + 10 * DAY  # the day begins anew
+
+
 def test_a_restart_does_not_put_the_day_off(hosts: tuple[Host, Host]) -> None:
     one, two = hosts
     half = one.watch(due(one), DAY / 2)

@@ -186,6 +186,11 @@ class KeyStore:
                 return False
         return True
 
+    def may_use(self, entry: CatalogEntry) -> bool:
+        """Whether a key is one of this key store's, whatever its state; for housekeeping."""
+        is_here = any(kmi.name == entry.kmi for kmi in self.kmis)
+        return is_here and (self.keys is None or self.keys.admit(entry.key_id))
+
     def health(self) -> HealthReport:
         """How this key store is, from the last deep checks of its KMIs."""
         oldest = time.monotonic() - MAX_CHECK_AGE_SECONDS
