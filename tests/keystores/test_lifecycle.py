@@ -152,6 +152,19 @@ def test_rotate(host: Host) -> None:
     assert host.rotate("k").version == 3
 
 
+def test_the_rotation_of_a_key_that_is_not_registered_registers_nothing(host: Host) -> None:
+    host.keyring.create("k", KeySpec.AES_256)
+    key = host.rotate("k")
+    assert (key.state, key.version) == (lifecycle.UNREGISTERED, 2)
+    assert host.catalog.entries() == []
+    (noted,) = host.catalog.rotations()
+    assert (noted.kmi, noted.key_id, noted.version) == ("local", "k", 2)
+    assert f"({os.getuid()})" in noted.changed_by
+    assert host.enable("k", Usage.DECRYPT).version == 2
+    assert host.rotate("k").version == 3
+    assert host.catalog.rotations() == []
+
+
 def test_unknown_keys(host: Host) -> None:
     for change in (host.show, host.enable, host.disable, host.rotate, host.delete, host.cancel):
         with pytest.raises(KeyManagerError, match="keys list"):

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from xkiproxy.crypto.algorithms import KeySpec, Usage
 from xkiproxy.crypto.operations import KeyState
-from xkiproxy.keystores.catalog import Catalog, CatalogEntry
+from xkiproxy.keystores.catalog import Catalog, CatalogEntry, Rotation
 from xkiproxy.kmi.base import KeyInfo, KeyManager, KeyManagerError, check_key_id
 from xkiproxy.observability.logging import utf8
 
@@ -248,7 +248,10 @@ def rotate_key(catalog: Catalog, manager: KeyManager, kmi: str, key_id: str) -> 
         entry = catalog.get(kmi, key_id)
         _refuse_pending(entry)
         made = manager.rotate(key_id)
-        if entry is not None:
+        if entry is None:
+            # It gets no entry: one that is not ENABLED would end its use at another KMI.
+            catalog.note_rotation(Rotation(kmi, key_id, made.version, _operator()))
+        else:
             _put(catalog, replace(entry, version=made.version))
     return show_key(catalog, manager, kmi, key_id)
 
