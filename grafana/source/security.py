@@ -198,6 +198,33 @@ def dashboard() -> Dashboard:
                     },
                     "percentunit",
                     ((None, GREEN), (0.5, YELLOW), (0.9, RED)),
+                    width=8,
+                ),
+                plot(
+                    "Keys that await deletion",
+                    "Of each key store, at the proxy that has the most: each has its own catalog. "
+                    "Good: none, or what you know.",
+                    {
+                        "{{keystore}}": (
+                            f"max by (keystore) (xkiproxy_keys_pending_deletion{{{STORE}}})"
+                        )
+                    },
+                    width=8,
+                ),
+                bars(
+                    "The next key is destroyed in",
+                    "Of each key store, at the first proxy that does so; nothing where none awaits "
+                    "deletion. `xkiproxy keys list` names it, `xkiproxy keys delete KEY --cancel` "
+                    "keeps it. Good: only keys that nobody will miss.",
+                    {
+                        "{{keystore}}": (
+                            "min by (keystore) "
+                            f"(xkiproxy_key_destruction_timestamp_seconds{{{STORE}}}) - time()"
+                        )
+                    },
+                    "s",
+                    ((None, RED), (3 * _DAY, YELLOW), (14 * _DAY, GREEN)),
+                    width=8,
                 ),
             ],
             "Audit and configuration": [

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cli_site import Run, Site
+from cli_site import Outcome, Run, Site
 
 from xkiproxy.crypto.algorithms import Usage
-from xkiproxy.crypto.operations import KeyState
+from xkiproxy.crypto.operations import KeyState, no_such_key
 from xkiproxy.keystores.catalog import CatalogEntry
 from xkiproxy.keystores.sqlite_catalog import SqliteCatalog
 
@@ -85,6 +85,38 @@ def test_misuse(run: Run, site: Site, words: str, said: str) -> None:
     done = run("policy", "test", *words.split(), "--config", site.config)
     assert done.status == 2
     assert said in done.err
+
+
+ANY = "permit(principal, action, resource);\n"
+
+
+@pytest.mark.parametrize("has_policies", [True, False])
+@pytest.mark.parametrize("action", ["encrypt", "decrypt", "meta"])
+def test_a_key_that_is_none_of_its_key_store_is_not_there(
+    run: Run, site: Site, action: str, has_policies: bool
+) -> None:
+    """As the server says of it (`test_key_patterns_server`), whatever the policies say."""
+    with site.config.open("a") as file:
+        file.write('keys = ["payroll-*", "cards"]\n' + 'policies = "policies"\n' * has_policies)
+    if has_policies:
+        (site.directory / "policies").mkdir()
+        (site.directory / "policies" / "any.cedar").write_text(ANY)
+
+    def test(key: str, *options: str) -> Outcome:
+        words = ("policy", "test", action, "--key", key, *options, "--config", site.config)
+        return run(*words)
+
+    for key in ("k", "cards-2", "my-payroll-1", "Cards"):
+        assert test(key, "--json").json() == {"decision": "deny", "reason": no_such_key().message}
+        asked = test(key, "--expect", "allow")
+        assert asked.status == 1
+        assert f"key {key} is none of the keys of key store demo" in asked.err
+        assert test(key, "--expect", "deny").status == 0
+    for key in ("payroll-1", "cards"):
+        if has_policies:
+            assert test(key, "--json").json() == {"decision": "allow", "reason": "any.cedar#1"}
+        else:
+            assert "has no policies" in test(key).err
 
 
 def test_check_lists_policies_or_names_mistakes(run: Run, site: Site, folder: Path) -> None:

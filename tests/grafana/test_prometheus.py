@@ -86,6 +86,8 @@ class Clouded(Installation):
         (directory / "policies").mkdir()
         (directory / "policies" / "demo.cedar").write_text(_POLICY)
         self.run("keys", "enable", "demo-key", "--kmi", "second")
+        self.run("keys", "create", "old-key", "--kmi", "second")
+        self.run("keys", "delete", "old-key", "--days", "7", "--kmi", "second")
 
     def run(
         self, *arguments: str, status: int = 0, config: bool = True, stdin: str = ""

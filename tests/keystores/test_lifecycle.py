@@ -152,6 +152,19 @@ def test_rotate(host: Host) -> None:
     assert host.rotate("k").version == 3
 
 
+def test_the_rotation_of_a_key_that_is_not_registered_registers_nothing(host: Host) -> None:
+    host.keyring.create("k", KeySpec.AES_256)
+    key = host.rotate("k")
+    assert (key.state, key.version) == (lifecycle.UNREGISTERED, 2)
+    assert host.catalog.entries() == []
+    (noted,) = host.catalog.rotations()
+    assert (noted.kmi, noted.key_id, noted.version) == ("local", "k", 2)
+    assert f"({os.getuid()})" in noted.changed_by
+    assert host.enable("k", Usage.DECRYPT).version == 2
+    assert host.rotate("k").version == 3
+    assert host.catalog.rotations() == []
+
+
 def test_unknown_keys(host: Host) -> None:
     for change in (host.show, host.enable, host.disable, host.rotate, host.delete, host.cancel):
         with pytest.raises(KeyManagerError, match="keys list"):
@@ -282,6 +295,20 @@ def test_the_day_begins_anew_where_nobody_has_looked(host: Host, pause: float) -
     assert host.purge(resumed) == []
     after = host.watch(resumed)
     assert [entry.key_id for entry in host.purge(after)] == ["k"]
+
+
+def test_when_a_key_is_destroyed_is_known_before(host: Host) -> None:
+    when = due(host)
+
+    def expected(now: float) -> float:
+        (entry,) = host.catalog.entries()
+        return lifecycle.expected_destruction(entry, now)
+
+    assert expected(when - 5 * DAY) == when + DAY
+    assert expected(when + 60) == when + 60 + DAY  # no server has seen it due
+    half = host.watch(when + 60, DAY / 2)
+    assert expected(half) == when + 60 + DAY
+    assert expected(half + 9 * DAY) == half + 10 * DAY  # the day begins anew
 
 
 def test_a_restart_does_not_put_the_day_off(hosts: tuple[Host, Host]) -> None:

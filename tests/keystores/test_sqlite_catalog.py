@@ -18,7 +18,7 @@ import pytest
 
 from xkiproxy.crypto.algorithms import Usage
 from xkiproxy.crypto.operations import KeyState
-from xkiproxy.keystores.catalog import CatalogEntry, CatalogError
+from xkiproxy.keystores.catalog import CatalogEntry, CatalogError, Rotation
 from xkiproxy.keystores.sqlite_catalog import SqliteCatalog
 
 ENTRY = CatalogEntry("local", "k", KeyState.ENABLED, Usage.BOTH, 1000.5)
@@ -243,7 +243,7 @@ def test_what_is_no_catalog(path: Path) -> None:
 def test_a_newer_format(path: Path) -> None:
     SqliteCatalog(path).close()
     with closing(sqlite3.connect(path)) as connection:
-        connection.execute("PRAGMA user_version = 4")
+        connection.execute("PRAGMA user_version = 5")
     with pytest.raises(CatalogError, match="newer xkiproxy"):
         SqliteCatalog(path)
 
@@ -306,6 +306,43 @@ def test_a_catalog_without_versions_is_taken_over(path: Path) -> None:
     reopened = SqliteCatalog(path)
     assert reopened.get("local", "k") == replace(ENTRY, version=2, changed_by="me (1000)")
     reopened.close()
+
+
+def test_a_catalog_without_rotations_is_taken_over(path: Path) -> None:
+    catalog = SqliteCatalog(path)
+    catalog.put(ENTRY)
+    catalog.close()
+    with closing(sqlite3.connect(path)) as connection:
+        connection.executescript("DROP TABLE rotations; PRAGMA user_version = 3;")
+    for _ in range(2):
+        catalog = SqliteCatalog(path)
+        assert (catalog.entries(), catalog.rotations()) == ([ENTRY], [])
+        catalog.close()
+
+
+def test_a_rotation_is_noted_until_the_key_has_an_entry(
+    catalog: SqliteCatalog, other: SqliteCatalog
+) -> None:
+    for rotation in (Rotation("local", "k", 2, "me"), Rotation("local", "other", 2, "me")):
+        catalog.note_rotation(rotation)
+    catalog.note_rotation(Rotation("local", "k", 3, "you"))
+    other.refresh()
+    assert other.rotations() == [
+        Rotation("local", "k", 3, "you"),
+        Rotation("local", "other", 2, "me"),
+    ]
+    assert (other.entries(), other.get("local", "k")) == ([], None)
+
+    def fail() -> None:
+        with catalog.locked():
+            catalog.put(ENTRY)
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert len(catalog.rotations()) == 2
+    catalog.put(ENTRY)
+    assert [rotation.key_id for rotation in catalog.rotations()] == ["other"]
 
 
 def test_labels_are_kept(catalog: SqliteCatalog, path: Path) -> None:

@@ -69,6 +69,42 @@ def test_each_change_has_one_record(server: Workers) -> None:
     server.run("audit", "verify")
 
 
+def test_the_rotation_of_a_key_that_is_not_registered_has_its_record(server: Workers) -> None:
+    server.run("keys", "create", "payroll")
+    wait_for(lambda: len(changes(server)) == 1)
+    for command in ("disable", "forget"):
+        server.run("keys", command, "payroll")
+    wait_for(lambda: changes(server)[-1]["after"] is None)
+    known = len(changes(server))
+    steps: list[tuple[list[str], Any, Any]] = [
+        (["rotate"], None, {"state": "UNREGISTERED", "version": 2}),
+        (
+            ["rotate"],
+            {"state": "UNREGISTERED", "version": 2},
+            {"state": "UNREGISTERED", "version": 3},
+        ),
+        (
+            ["enable"],
+            {"state": "UNREGISTERED", "version": 3},
+            {"state": "ENABLED", "version": 3, "usage": ["encrypt", "decrypt"]},
+        ),
+    ]
+    for number, ((command,), before, after) in enumerate(steps, known + 1):
+        wait_for(lambda: server.encrypt(b"x", "payroll")[0] == 404)
+        server.run("keys", command, "payroll")
+        wait_for(lambda number=number: len(changes(server)) == number)
+        record = changes(server)[-1]
+        assert (record["kmi"], record["key"]) == ("local", "payroll")
+        assert (record["before"], record["after"]) == (before, after)
+        assert f"({os.getuid()})" in record["by"]
+    searched = "audit", "search", "--key", "payroll", "--operation", "key_changed"
+    found = [json.loads(line) for line in server.run(*searched, "--json").stdout.splitlines()]
+    assert [record["after"] for record in found[-3:]] == [after for _, _, after in steps]
+    assert f"version 2 -> 3; by {record['by']}" in server.run(*searched).stdout
+    server.stop()
+    server.run("audit", "verify")
+
+
 def test_what_could_not_be_written_is_written_later(tmp_path: Path) -> None:
     catalog, beside = (SqliteCatalog(tmp_path / "catalog.db") for _ in range(2))
     beside.put(CatalogEntry("local", "old", KeyState.ENABLED, Usage.BOTH, 0.0))

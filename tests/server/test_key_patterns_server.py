@@ -11,6 +11,7 @@ import test_xks_server as aws
 from harness import Answer, Proxy
 from test_workers import Workers
 
+from xkiproxy.crypto.operations import no_such_key
 from xkiproxy.keystores.key_patterns import KeyPatterns
 
 XKI_CALLS = [
@@ -39,6 +40,7 @@ async def test_xki(proxy: Proxy) -> None:
         missing = await proxy.call(name, "missing", **fields)
         assert (outside.status, outside.code) == (404, "KeyNotFound")
         assert told(outside) == told(missing)
+        assert outside.fields["Message"] == no_such_key().message
         assert (await proxy.call(name, "aes128", **fields)).code != "KeyNotFound"
     codes = {(r["key"], r["code"], r.get("kmi")) for r in proxy.records() if r["key"] != "aes128"}
     assert codes == {("aes256", "KeyNotFound", ""), ("missing", "KeyNotFound", "")}

@@ -16,6 +16,7 @@ from xkiproxy.cli.common import (
     CommandError,
     ConfigOption,
     JsonOption,
+    err,
     print_fields,
     print_json,
     print_table,
@@ -23,8 +24,10 @@ from xkiproxy.cli.common import (
 from xkiproxy.cli.credentials import KeystoreOption, pick_keystore
 from xkiproxy.config import Config, load_config
 from xkiproxy.config.models import KeystoreSettings
+from xkiproxy.crypto.operations import no_such_key
 from xkiproxy.keystores.authorization import KNOWN_ATTRIBUTES, SAID_ATTRIBUTES
 from xkiproxy.keystores.catalog import CatalogEntry
+from xkiproxy.keystores.key_patterns import KeyPatterns
 from xkiproxy.keystores.policies import AccessRequest, load_policies, schema_text
 from xkiproxy.keystores.sqlite_catalog import SqliteCatalog
 
@@ -115,32 +118,46 @@ def try_command(
 ) -> None:
     """Say whether a request would be permitted, and which policies decide.
 
+    A key that is none of the `keys` of its key store is denied before any policy is asked.
+
     Example: xkiproxy policy test decrypt --key payroll --principal acs:ram::1:role/payroll
     --context source_vpc=vpc-1
     """
     settings = load_config(config)
     store = pick_keystore(settings, keystore)
-    if store.policies is None:
-        raise CommandError(f"key store {store.name} has no policies: all may do everything")
     if (action is Action.RANDOM) == bool(key):
         raise typer.BadParameter("needed for all but random", param_hint="--key")
-    policies = load_policies(store.policies)
     request = _request(settings, store, action, key, principal, label)
     request.context.update(
         {**_context(action, context or []), "source": source, "time": _seconds(at)}
     )
-    try:
-        verdict = policies.evaluate(request)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--source") from None
-    said = "allow" if verdict.allowed else "deny"
-    fields = {"decision": said, "reason": verdict.reason}
+    allowed, reason = _decide(store, key, request)
+    said = "allow" if allowed else "deny"
+    fields = {"decision": said, "reason": reason}
     if as_json:
         print_json(fields)
     else:
         print_fields(fields)
     if expect is not None and expect != said:
         raise typer.Exit(1)
+
+
+def _decide(store: KeystoreSettings, key: str, request: AccessRequest) -> tuple[bool, str]:
+    """Whether the server would permit it, and why: no policy is asked of a key of others."""
+    if key and store.keys is not None and not KeyPatterns(store.keys).admit(key):
+        err.print(
+            f"key {key} is none of the keys of key store {store.name}: it is answered as one that"
+            " does not exist", markup=False,
+        )  # fmt: skip
+        return False, no_such_key().message
+    if store.policies is None:
+        raise CommandError(f"key store {store.name} has no policies: all may do everything")
+    policies = load_policies(store.policies)
+    try:
+        verdict = policies.evaluate(request)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--source") from None
+    return verdict.allowed, verdict.reason
 
 
 def _configured(config: Config) -> dict[str, Path]:

@@ -107,8 +107,11 @@ class SecretSource(BaseModel):
 
     def read(self) -> str:
         """The secret as text, without white space around it; raises SecretError."""
-        if (handed := _handed.get(str(self))) is not None:
-            return handed
+        handed = _handed.get(str(self))
+        return self.read_anew() if handed is None else handed
+
+    def read_anew(self) -> str:
+        """The same as its source has it now, whatever was handed to this process."""
         if self.env is not None:
             value = os.environ.get(self.env)
             if not value:

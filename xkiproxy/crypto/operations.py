@@ -285,6 +285,11 @@ def _invalid(parameter: str, message: str) -> OperationError:
     return OperationError(Fault.INVALID_PARAMETER, message, parameter)
 
 
+def no_such_key() -> OperationError:
+    """The failure for a key that is not there, and for one that the key store may not use."""
+    return OperationError(Fault.KEY_NOT_FOUND, "There is no such key.")
+
+
 def invalid_ciphertext() -> OperationError:
     """The one failure for whatever is wrong with a ciphertext, so that none tells it apart."""
     return OperationError(

@@ -9,7 +9,7 @@ from typing import Protocol
 from xkiproxy.crypto.algorithms import Usage
 from xkiproxy.crypto.operations import KeyState
 
-__all__ = ["Catalog", "CatalogEntry", "CatalogError", "KeyState"]
+__all__ = ["Catalog", "CatalogEntry", "CatalogError", "KeyState", "Rotation"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +36,16 @@ class CatalogEntry:
     watched_until: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """The last rotation of a key that has no entry: the key is not used, and this is to be told."""
+
+    kmi: str
+    key_id: str
+    version: int
+    changed_by: str
+
+
 class CatalogError(Exception):
     """The catalog cannot be read or written; the text names the file and what to do."""
 
@@ -56,6 +66,14 @@ class Catalog(Protocol):
 
     def put(self, entry: CatalogEntry) -> None:
         """Write durably before returning; raises CatalogError."""
+        ...
+
+    def rotations(self) -> list[Rotation]:
+        """Of keys without an entry, as of the last refresh."""
+        ...
+
+    def note_rotation(self, rotation: Rotation) -> None:
+        """Write durably, as `put` does, until the key has an entry."""
         ...
 
     def remove(self, kmi: str, key_id: str) -> None: ...

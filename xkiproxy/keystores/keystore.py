@@ -29,6 +29,7 @@ from xkiproxy.crypto.operations import (
     Random,
     RandomBytes,
     Result,
+    no_such_key,
 )
 from xkiproxy.crypto.wrapping import wrap
 from xkiproxy.keystores.authorization import Authorizer
@@ -178,7 +179,7 @@ class KeyStore:
             return None
         entry = self._catalog.get(kmi.name, operation.key_id)
         if entry is None:  # it was removed meanwhile
-            raise _no_such_key()
+            raise no_such_key()
         return entry
 
     @property
@@ -188,6 +189,11 @@ class KeyStore:
             if not kmi.is_full:
                 return False
         return True
+
+    def may_use(self, entry: CatalogEntry) -> bool:
+        """Whether a key is one of this key store's, whatever its state; for housekeeping."""
+        is_here = any(kmi.name == entry.kmi for kmi in self.kmis)
+        return is_here and (self.keys is None or self.keys.admit(entry.key_id))
 
     def health(self) -> HealthReport:
         """How this key store is, from the last deep checks of its KMIs."""
@@ -210,7 +216,7 @@ class KeyStore:
             self._refresh_catalog()
             found = self._look_up(key_id)
         if found is None:
-            raise _no_such_key()
+            raise no_such_key()
         return found
 
     def _look_up(self, key_id: str) -> tuple[Kmi, CatalogEntry] | None:
@@ -298,10 +304,6 @@ async def decrypts_to(
 
 def _availability(kmi: Kmi, oldest: float) -> Availability:
     return _AVAILABILITY[kmi.state] if kmi.checked > oldest else Availability.UNAVAILABLE
-
-
-def _no_such_key() -> OperationError:
-    return OperationError(Fault.KEY_NOT_FOUND, "There is no such key.")
 
 
 def _check_state(entry: CatalogEntry) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from xkiproxy.crypto.algorithms import KeySpec, Usage
 from xkiproxy.crypto.operations import KeyState
-from xkiproxy.keystores.catalog import Catalog, CatalogEntry
+from xkiproxy.keystores.catalog import Catalog, CatalogEntry, Rotation
 from xkiproxy.kmi.base import KeyInfo, KeyManager, KeyManagerError, check_key_id
 from xkiproxy.observability.logging import utf8
 
@@ -248,7 +248,10 @@ def rotate_key(catalog: Catalog, manager: KeyManager, kmi: str, key_id: str) -> 
         entry = catalog.get(kmi, key_id)
         _refuse_pending(entry)
         made = manager.rotate(key_id)
-        if entry is not None:
+        if entry is None:
+            # It gets no entry: one that is not ENABLED would end its use at another KMI.
+            catalog.note_rotation(Rotation(kmi, key_id, made.version, _operator()))
+        else:
             _put(catalog, replace(entry, version=made.version))
     return show_key(catalog, manager, kmi, key_id)
 
@@ -326,12 +329,16 @@ def destruction_time(entry: CatalogEntry) -> float | None:
     return None if entry.watched_since is None else entry.watched_since + WATCH_SECONDS
 
 
+def expected_destruction(entry: CatalogEntry, now: float) -> float:
+    """When a key that awaits deletion is destroyed if a server watches it from now on."""
+    when = destruction_time(entry) if _is_watched(entry, now) else None
+    return max(entry.deletion_time or now, now) + WATCH_SECONDS if when is None else when
+
+
 def announcement(entry: CatalogEntry, now: float) -> str:
     """When a key that awaits deletion will be destroyed, and how that is prevented."""
-    when = destruction_time(entry)
-    if when is None:
-        when = max(entry.deletion_time or now, now) + WATCH_SECONDS
-    date = datetime.fromtimestamp(when, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    when = datetime.fromtimestamp(expected_destruction(entry, now), UTC)
+    date = when.strftime("%Y-%m-%dT%H:%M:%SZ")
     return (
         f"key {entry.key_id} of KMI {entry.kmi} will be destroyed, for good, after {date};"
         f" to keep it: xkiproxy keys delete {entry.key_id} --kmi {entry.kmi} --cancel,"
@@ -388,6 +395,11 @@ def purge_due(
     catalog.refresh()
     due = [entry for entry in catalog.entries() if is_to_be_destroyed(entry, now)]
     return [entry for entry in due if _purge(catalog, managers, entry, now)]
+
+
+def pending_entries(catalog: Catalog) -> list[CatalogEntry]:
+    """The keys that await deletion, due or not, as of the catalog's last refresh."""
+    return [e for e in catalog.entries() if e.state is KeyState.PENDING_DELETION]
 
 
 def due_entries(catalog: Catalog, now: float) -> list[CatalogEntry]:

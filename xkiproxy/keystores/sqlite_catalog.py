@@ -14,13 +14,23 @@ from pathlib import Path
 
 from xkiproxy.crypto.algorithms import Usage
 from xkiproxy.crypto.operations import KeyState
-from xkiproxy.keystores.catalog import CatalogEntry, CatalogError
+from xkiproxy.keystores.catalog import CatalogEntry, CatalogError, Rotation
 from xkiproxy.storage import Database, FileKind, new_database
+
+_ROTATIONS = """
+    CREATE TABLE rotations (
+        kmi TEXT NOT NULL,
+        key_id TEXT NOT NULL,
+        version INTEGER NOT NULL CHECK (typeof(version) = 'integer'),
+        changed_by TEXT NOT NULL,
+        PRIMARY KEY (kmi, key_id)
+    );
+"""
 
 _KIND = FileKind(
     name="catalog",
     application_id=0x584B_4354,  # "XKCT"
-    format=3,
+    format=4,
     schema="""
         CREATE TABLE entries (
             kmi TEXT NOT NULL,
@@ -37,7 +47,8 @@ _KIND = FileKind(
             PRIMARY KEY (kmi, key_id),
             CHECK (state = 'PENDING_DELETION' OR deletion_time IS NULL)
         );
-    """,
+    """
+    + _ROTATIONS,
     error=CatalogError,
     if_missing="restore it from a backup, or start again without: all keys are then unregistered",
     upgrades={
@@ -49,6 +60,7 @@ _KIND = FileKind(
             "ALTER TABLE entries ADD COLUMN watched_since REAL",
             "ALTER TABLE entries ADD COLUMN watched_until REAL",
         ),
+        3: (_ROTATIONS,),
     },
 )
 
@@ -58,6 +70,9 @@ _COLUMNS = (
 )
 _SELECT = f"SELECT {_COLUMNS} FROM entries ORDER BY 1, 2"  # noqa: S608 - no text of others
 _REPLACE = f"INSERT OR REPLACE INTO entries ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"  # noqa: S608
+
+_SELECT_ROTATIONS = "SELECT kmi, key_id, version, changed_by FROM rotations ORDER BY 1, 2"
+_FORGET_ROTATION = "DELETE FROM rotations WHERE kmi = ? AND key_id = ?"
 
 
 def _entry(
@@ -88,6 +103,7 @@ class SqliteCatalog:
         self._database = Database(path, _KIND)
         self.revision = 0
         self._snapshot: dict[tuple[str, str], CatalogEntry] = {}
+        self._rotations: list[Rotation] = []
         self._generation: tuple[int, int] | None = None
         try:
             self.refresh()
@@ -120,6 +136,17 @@ class SqliteCatalog:
         )
         with self.locked(), self._database.writing() as connection:
             connection.execute(_REPLACE, row)
+            connection.execute(_FORGET_ROTATION, (entry.kmi, entry.key_id))
+
+    def rotations(self) -> list[Rotation]:
+        """Of keys without an entry, as of the last refresh, by KMI and key ID."""
+        return self._rotations
+
+    def note_rotation(self, rotation: Rotation) -> None:
+        """Write durably that a key without an entry was rotated; raises CatalogError."""
+        row = (rotation.kmi, rotation.key_id, rotation.version, rotation.changed_by)
+        with self.locked(), self._database.writing() as connection:
+            connection.execute("INSERT OR REPLACE INTO rotations VALUES (?, ?, ?, ?)", row)
 
     def remove(self, kmi: str, key_id: str) -> None:
         """Remove an entry durably, if it is there; raises CatalogError."""
@@ -133,6 +160,7 @@ class SqliteCatalog:
             return
         with self._database.reading() as connection:
             rows = connection.execute(_SELECT).fetchall()
+            rotations = connection.execute(_SELECT_ROTATIONS).fetchall()
         try:
             entries = [_entry(*row) for row in rows]
         except (AttributeError, ValueError):
@@ -140,6 +168,7 @@ class SqliteCatalog:
                 f"catalog {self._database.path}: an entry is damaged; restore it from a backup"
             ) from None
         self._snapshot = {(entry.kmi, entry.key_id): entry for entry in entries}
+        self._rotations = [Rotation(*row) for row in rotations]
         self._generation = generation
         self.revision += 1
 
@@ -150,14 +179,14 @@ class SqliteCatalog:
         What is written in the block is seen and durable when the block ends, or, if it fails, not
         at all. Raises CatalogError, also when another process holds the lock for 5 seconds.
         """
-        before = self._snapshot
+        before = self._snapshot, self._rotations
         try:
             with self._database.writing():
                 self.refresh()
                 yield
         except BaseException:
             # The snapshot may hold what was rolled back: forget it, and read again next time.
-            self._snapshot, self._generation = before, None
+            (self._snapshot, self._rotations), self._generation = before, None
             raise
         self.refresh()
 

@@ -99,6 +99,17 @@ class Metrics:
             "Encryptions made by this host under the most used of the keys' current versions.",
             "kmi", merge=max,
         )  # fmt: skip
+        self.keys_pending_deletion = gauge(
+            "xkiproxy_keys_pending_deletion",
+            "Keys of a key store that await deletion in this host's catalog.",
+            "keystore", merge=max,
+        )  # fmt: skip
+        self.key_destruction = gauge(
+            "xkiproxy_key_destruction_timestamp_seconds",
+            "When the first of a key store's keys that await deletion is destroyed; absent if none"
+            " does.",
+            "keystore", merge=min,
+        )  # fmt: skip
         self.certificate_expiry = gauge(
             "xkiproxy_tls_certificate_expiry_timestamp_seconds", "When the certificate expires.",
             "listener", merge=min,

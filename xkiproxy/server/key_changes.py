@@ -12,12 +12,13 @@ from datetime import UTC, datetime
 from typing import Any
 
 from xkiproxy.crypto.algorithms import Usage
-from xkiproxy.keystores.catalog import Catalog, CatalogEntry
-from xkiproxy.keystores.lifecycle import destruction_time
+from xkiproxy.keystores.catalog import Catalog, CatalogEntry, Rotation
+from xkiproxy.keystores.lifecycle import UNREGISTERED, destruction_time
 
 EVENT = "key_changed"
 
-_Keys = dict[tuple[str, str], CatalogEntry]
+_Known = CatalogEntry | Rotation
+_Keys = dict[tuple[str, str], _Known]
 
 
 class KeyChanges:
@@ -56,13 +57,16 @@ class KeyChanges:
 def _keys(catalog: Catalog) -> _Keys:
     """What a server writes each time it has looked at a key that is due is no change."""
     entries = (replace(entry, watched_until=None) for entry in catalog.entries())
-    return {(entry.kmi, entry.key_id): entry for entry in entries}
+    known: tuple[_Known, ...] = (*catalog.rotations(), *entries)
+    return {(one.kmi, one.key_id): one for one in known}
 
 
-def _described(entry: CatalogEntry | None) -> dict[str, Any] | None:
+def _described(entry: _Known | None) -> dict[str, Any] | None:
     """What the catalog says of a key; None: nothing, so it cannot be used."""
     if entry is None:
         return None
+    if isinstance(entry, Rotation):
+        return {"state": UNREGISTERED, "version": entry.version}
     found: dict[str, Any] = {
         "state": entry.state.value,
         "usage": [usage.name.lower() for usage in Usage if usage & entry.usage and usage.name],

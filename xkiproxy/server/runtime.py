@@ -47,8 +47,10 @@ from xkiproxy.keystores.lifecycle import (
     announcement,
     disable_twins,
     due_entries,
+    expected_destruction,
     is_to_be_destroyed,
     lost_entries,
+    pending_entries,
     purge_due,
     watch_due,
 )
@@ -209,6 +211,7 @@ class Runtime:
                 created.set(tenant.store.signing_keys.oldest)
         if change.expiry is not None:
             self.metrics.certificate_expiry.labels("public").set(change.expiry)
+        self._show_deletions()
 
     def _open_tenant(self, settings: KeystoreSettings, contents: Contents) -> Tenant:
         files = contents.of_store(settings.name)
@@ -325,8 +328,24 @@ class Runtime:
             self.condition.recover("catalog")
         changed = self.catalog.revision != self._revision
         self._revision = self.catalog.revision
+        if changed:
+            self._show_deletions()
         for kmi in self.kmis.values():
             kmi.refresh(changed)
+
+    def _show_deletions(self) -> None:
+        """Show which keys await deletion: every process does, so that it holds whichever ends."""
+        now, pending = time.time(), pending_entries(self.catalog)
+        self.metrics.keys_pending_deletion.clear()
+        self.metrics.key_destruction.clear()
+        for store in (tenant.store for tenant in self.tenants):
+            found = [entry for entry in pending if store.may_use(entry)]
+            # A key at several KMIs is one key, though each of them destroys its own.
+            count = len({entry.key_id for entry in found})
+            self.metrics.keys_pending_deletion.labels(store.name).set(count)
+            if found:
+                first = min(expected_destruction(entry, now) for entry in found)
+                self.metrics.key_destruction.labels(store.name).set(first)
 
     async def _check_audit(self, audit: Sink) -> None:
         self.check_audit(audit)

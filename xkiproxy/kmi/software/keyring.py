@@ -332,9 +332,16 @@ class Keyring:
 
 
 def open_keyring(settings: SoftwareSettings) -> Keyring:
-    """Open the keyring of a KMI; raises KeyManagerError, or SecretError for the master key."""
+    """Open the keyring of a KMI; raises KeyManagerError, or SecretError for the master key.
+
+    A worker process was handed the master key that its server was started with. If a rewrap has put
+    another in its place since then, that is the one: the keyring itself tells whether it is.
+    """
     source = settings.master_key
-    return Keyring(settings.keyring, source.read(), str(source))
+    try:
+        return Keyring(settings.keyring, source.read(), str(source))
+    except MasterKeyChanged:
+        return Keyring(settings.keyring, source.read_anew(), str(source))
 
 
 def create_keyring(path: Path, master_key: str) -> None:
