@@ -309,6 +309,26 @@ def test_several_kmis(keys: Keys, folder: Path) -> None:
     assert "local, second" in refused.err
 
 
+def test_labels_do_not_end_the_use_of_a_key_at_another_kmi(keys: Keys, folder: Path) -> None:
+    master_key = (folder / "master.key").read_text()
+    second = '[[kmi]]\nname = "second"\ntype = "software"\nkeyring = "second.db"\n'
+    (folder / "xkiproxy.toml").write_text(_CONFIG + second)
+    create_keyring(folder / "second.db", master_key)
+    for name in ("keyring.db", "second.db"):
+        keyring = Keyring(folder / name, master_key, "the test")
+        keyring.create("k", KeySpec.AES_256)
+        keyring.close()
+    here, there = ("--kmi", "local"), ("--kmi", "second")
+    assert keys("label", "k", "a=b", *here, "--json").value["state"] == "DISABLED"
+    assert keys("enable", "k", *here, "--json").value["labels"] == {"a": "b"}
+    refused = keys("label", "k", "a=b", *there)
+    assert refused.status == 1
+    assert "xkiproxy keys enable k --kmi second" in refused.err
+    assert keys("show", "k", *there, "--json").value["state"] == "UNREGISTERED"
+    keys("enable", "k", *there)
+    assert keys("label", "k", "a=b", *there, "--json").value["labels"] == {"a": "b"}
+
+
 def without_secret_file(folder: Path) -> str:
     (folder / "master.key").unlink()
     return "master.key"

@@ -225,8 +225,13 @@ def label_key(
     labels: Mapping[str, str],
     without: Iterable[str] = (),
 ) -> ManagedKey:
-    """Set labels of a key, and take others away; raises KeyManagerError, CatalogError."""
+    """Set labels of a key, and take others away; raises KeyManagerError, CatalogError.
+
+    A key that is not registered gets an entry that is DISABLED, to be enabled with its labels; not
+    where it is in use at another KMI, since that would end there.
+    """
     with catalog.locked():
+        _refuse_to_end_use_elsewhere(catalog, kmi, key_id)
         entry = _entry(catalog, manager, kmi, key_id)
         wanted = {**dict(entry.labels), **labels}
         for name in without:
@@ -234,6 +239,18 @@ def label_key(
                 raise KeyManagerError(f"key {key_id} has no label {name}")
         _put(catalog, replace(entry, labels=_sorted(wanted)))
     return _changed(catalog, manager, kmi, key_id)
+
+
+def _refuse_to_end_use_elsewhere(catalog: Catalog, kmi: str, key_id: str) -> None:
+    if catalog.get(kmi, key_id) is not None:
+        return
+    for entry in catalog.entries():
+        if entry.key_id == key_id and entry.state is KeyState.ENABLED:
+            raise KeyManagerError(
+                f"key {key_id} is not registered at KMI {kmi}, and its labels would register it"
+                f" DISABLED, which ends its use at KMI {entry.kmi} too:"
+                f" first run xkiproxy keys enable {key_id} --kmi {kmi}"
+            )
 
 
 def _sorted(labels: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
