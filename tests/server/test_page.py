@@ -295,7 +295,8 @@ class Shown:
     async def text(self) -> str:
         """The title and what a reader sees."""
         self._count += 1
-        expression = "document.title + ' | ' + document.body.innerText"
+        # There is no body yet while a page is being loaded.
+        expression = "document.title + ' | ' + (document.body?.innerText ?? '')"
         call = {"method": "Runtime.evaluate", "params": {"expression": expression}}
         await self._socket.send_json({"id": self._count, **call})
         while (answer := await self._socket.receive_json()).get("id") != self._count:
