@@ -297,6 +297,47 @@ async def test_two_that_stall_leave_time_for_a_third() -> None:
     assert site.asked == (1, 1)
 
 
+async def test_one_that_loses_every_hedge_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("xkiproxy.kmi.standing._FIRST_PAUSE_SECONDS", 60.0)
+    site = Site(hedge=0.01)
+    site.one.seconds = 5.0
+    for _ in range(5):
+        assert site.one.standing.is_good
+        assert await site.by(20.0) == "two"
+    assert not site.one.standing.is_good
+    assert [await site.by(20.0) for _ in range(3)] == ["two"] * 3
+    assert site.asked == (5, 8)
+    assert site.counted("hedges", outcome="won") == 5
+
+
+async def test_one_that_lost_every_hedge_is_tried_until_it_is_fast_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("xkiproxy.kmi.standing._FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr("xkiproxy.kmi.standing._LAST_PAUSE_SECONDS", 0.01)
+    site = Site(hedge=1.0)
+    site.one.seconds = 30.0
+    for _ in range(5):
+        site.one.standing.outrun(time.monotonic())
+    await asyncio.sleep(0.02)
+    assert await site.by(60.0) == "two"  # the trial has cost this one its second
+    assert site.asked == (1, 1)
+    assert not site.one.standing.is_good
+    site.one.seconds = 0.0
+    await asyncio.sleep(0.02)
+    assert await site.by(60.0) == "one"
+    assert site.one.standing.is_good
+
+
+async def test_one_that_is_slow_now_and_then_is_not_left_alone() -> None:
+    site = Site(hedge=1.0)
+    for _ in range(3):
+        for _ in range(4):
+            site.one.standing.outrun(time.monotonic())
+        assert await site.by(60.0) == "one"
+    assert site.asked == (3, 0)
+
+
 # ---- standing --------------------------------------------------------------------------------
 
 
@@ -317,6 +358,16 @@ def test_pauses_grow_with_each_failed_trial_and_end_with_a_success() -> None:
     standing.succeed()
     assert standing.may_try(now)
     assert standing.may_try(now)
+
+
+def test_to_be_outrun_on_trial_is_a_failed_trial() -> None:
+    standing = Standing()
+    standing.fail(100.0)
+    assert standing.may_try(101.0)
+    standing.outrun(101.0)
+    standing.outrun(101.0)  # one that had begun before
+    assert not standing.may_try(101.4)
+    assert standing.may_try(101.6)
 
 
 # ---- in a key store --------------------------------------------------------------------------
