@@ -157,6 +157,28 @@ async def test_a_client_that_does_not_read_its_answers(proxy: Proxy) -> None:
     writer.close()
 
 
+async def test_a_client_that_reads_on_gets_all_its_answers(proxy: Proxy) -> None:
+    """Its window is small, and it sends until the server has nowhere to write to."""
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    sock.setblocking(False)
+    await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", proxy.port))
+    reader, writer = await asyncio.open_connection(
+        sock=sock, ssl=trusting(proxy), server_hostname="localhost"
+    )
+    writer.transport.pause_reading()
+    count = 0
+    async with asyncio.timeout(60):
+        while not any(connection._paused for connection in connections(proxy)):
+            writer.write(f"GET {proxy.base}/nowhere HTTP/1.1\r\nhost: x\r\n\r\n".encode() * 100)
+            count += 100
+            await asyncio.sleep(0.01)
+    writer.transport.resume_reading()
+    for _ in range(count):
+        assert (await read_answer(reader))[0] == 404
+    writer.close()
+
+
 @pytest.mark.parametrize("count", range(1, 9))
 async def test_after_any_number_of_pipelined_requests_a_connection_is_idle(
     proxy: Proxy, count: int
