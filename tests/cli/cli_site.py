@@ -27,6 +27,7 @@ class Outcome:
 
 
 Run = Callable[..., Outcome]
+Answer = Callable[[Any], None]
 
 
 CONFIG = """\

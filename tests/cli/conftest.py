@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import json
 import ssl
 import sys
 import threading
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_site import ACCESS_KEY_ID, ACCESS_KEY_SECRET, Outcome, Recorded, Run, Server, Site
+from cli_site import ACCESS_KEY_ID, ACCESS_KEY_SECRET, Answer, Outcome, Recorded, Run, Server, Site
 
 from xkiproxy.cli import main
 from xkiproxy.cli.certificate import CertificateKey, host_names, self_signed
@@ -132,3 +133,32 @@ def xks_server(xks_site: Site, server: Server) -> Server:
     xks_site.listen_on(server.port)
     server.answer = b"{}"
     return server
+
+
+@pytest.fixture
+def answer(site: Site) -> Iterator[Answer]:
+    """Sets what the process at admin_listen says of itself."""
+    said = b""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(said)
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    def set_answer(value: Any) -> None:
+        nonlocal said
+        said = json.dumps(value).encode()
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+    address = f'[server]\nadmin_listen = "127.0.0.1:{server.server_port}"'
+    site.config.write_text(site.config.read_text().replace("[server]", address, 1))
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+    thread.start()
+    yield set_answer
+    server.shutdown()
+    thread.join()
+    server.server_close()

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
-from cli_site import ACCESS_KEY_ID, ACCESS_KEY_SECRET, Run, Site
+from cli_site import ACCESS_KEY_ID, ACCESS_KEY_SECRET, Answer, Run, Site
 
 from xkiproxy.cli.kms_config import program
 
@@ -96,6 +97,35 @@ def test_key_stores_are_told_apart(run: Run, site: Site, monkeypatch: pytest.Mon
     chosen = run("kms-config", "--keystore", "second", "--config", site.config)
     assert "/second/kms/xki/v1" in chosen.out
     assert "--keystore second" in chosen.out
+
+
+def status_of(config: Path, *access_key_ids: str) -> dict[str, Any]:
+    """What a server with this configuration says of itself."""
+    known = [{"access_key_id": known} for known in access_key_ids]
+    stores = [{"name": "demo", "credentials": known}]
+    return {"pid": 1, "reload": {}, "config": str(config.resolve()), "keystores": stores}
+
+
+def test_a_server_that_does_not_know_the_credential_yet_is_named(
+    run: Run, site: Site, answer: Answer
+) -> None:
+    hint = f"The running server does not know {ACCESS_KEY_ID} yet"
+    answer(status_of(site.config, "XKIANOTHER"))
+    assert hint in run("kms-config", "--config", site.config).err
+    answer(status_of(site.config, ACCESS_KEY_ID))
+    assert hint not in run("kms-config", "--config", site.config).err
+
+
+def test_what_a_server_of_another_configuration_knows_does_not_matter(
+    run: Run, site: Site, answer: Answer, tmp_path: Path
+) -> None:
+    foreign = status_of(tmp_path / "elsewhere" / "xkiproxy.toml", "XKIANOTHER")
+    nameless = status_of(site.config, "XKIANOTHER")
+    del nameless["config"]
+    for said in (foreign, nameless, {"pid": 1, "reload": {}}, {}, [], "another program"):
+        answer(said)
+        done = run("kms-config", "--config", site.config)
+        assert (done.status, done.err) == (0, "")
 
 
 def test_the_line_names_the_program_that_ran(

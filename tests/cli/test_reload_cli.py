@@ -2,50 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from cli_site import Run, Site
-
-Answer = Callable[[Any], None]
-
-
-@pytest.fixture
-def answer(site: Site) -> Iterator[Answer]:
-    """Sets what the process at admin_listen says of itself."""
-    said = b""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(said)
-
-        def log_message(self, *arguments: object) -> None:
-            del arguments
-
-    def set_answer(value: Any) -> None:
-        nonlocal said
-        said = json.dumps(value).encode()
-
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    address = f'[server]\nadmin_listen = "127.0.0.1:{server.server_port}"'
-    site.config.write_text(site.config.read_text().replace("[server]", address, 1))
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield set_answer
-    server.shutdown()
-    thread.join()
-    server.server_close()
+from cli_site import Answer, Run, Site
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ from xkiproxy.crypto.operations import (
 )
 from xkiproxy.keystores.authorization import Authorizer
 from xkiproxy.keystores.catalog import CatalogEntry
+from xkiproxy.keystores.encryptions import Encryptions
 from xkiproxy.keystores.failover import Failover, Served
 from xkiproxy.keystores.keystore import KeyStore
 from xkiproxy.keystores.policies import Policies, split
@@ -50,11 +51,19 @@ class Scripted:
         self.state = KmiState.CONNECTED
         self.standing = Standing()
         self.asked = 0
+        self.given_up = 0
 
     async def submit(
         self, operation: Operation, deadline: float, timing: Timing | None = None
     ) -> Result:
         self.asked += 1
+        try:
+            return await self._answer(operation, deadline)
+        except asyncio.CancelledError:
+            self.given_up += 1
+            raise
+
+    async def _answer(self, operation: Operation, deadline: float) -> Result:
         if self.script == "silent":
             await asyncio.sleep(deadline - time.monotonic())
             raise OperationError(Fault.DEADLINE_EXCEEDED, "The key manager missed the deadline.")
@@ -131,6 +140,17 @@ async def test_a_full_queue_overflows_and_says_nothing_of_the_kmi() -> None:
     assert [await site.by() for _ in range(3)] == ["two"] * 3
     assert site.asked == (3, 3)
     assert site.one.standing.is_good
+
+
+async def test_nor_does_a_full_queue_end_a_trial_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("xkiproxy.kmi.standing._FIRST_PAUSE_SECONDS", 0.01)
+    site = Site("UNAVAILABLE")
+    assert await site.by() == "two"
+    site.one.script = "THROTTLED"
+    await asyncio.sleep(0.02)
+    assert await site.by() == "two"
+    assert site.asked == (2, 2)
+    assert not site.one.standing.is_good
 
 
 async def test_so_does_an_attempt_that_had_no_time() -> None:
@@ -259,6 +279,32 @@ async def test_a_hedge_for_one_that_refuses_at_once() -> None:
     assert not site.one.standing.is_good
 
 
+@pytest.mark.parametrize(
+    ("seconds", "by", "given_up"), [((30.0, 0.0), "two", (1, 0)), ((0.5, 30.0), "one", (0, 1))]
+)
+async def test_who_loses_a_hedge_is_given_up(
+    seconds: tuple[float, float], by: str, given_up: tuple[int, int]
+) -> None:
+    site = Site(hedge=0.01)
+    site.one.seconds, site.two.seconds = seconds
+    assert await site.by(60.0) == by
+    await asyncio.sleep(0)  # the task that was cancelled has its turn
+    assert (site.one.given_up, site.two.given_up) == given_up
+
+
+async def test_a_hedge_is_given_up_with_its_request() -> None:
+    site = Site(hedge=0.01)
+    site.one.seconds = site.two.seconds = 30.0
+    request = asyncio.create_task(site.by(60.0))
+    async with asyncio.timeout(10):
+        while site.asked != (1, 1):
+            await asyncio.sleep(0.01)
+    request.cancel()
+    await asyncio.wait({request})
+    await asyncio.sleep(0)
+    assert (site.one.given_up, site.two.given_up) == (1, 1)
+
+
 async def test_no_hedge_where_the_second_may_not_be_asked() -> None:
     site = Site(hedge=0.01)
     site.one.seconds, site.forbidden = 0.1, "two"
@@ -297,6 +343,47 @@ async def test_two_that_stall_leave_time_for_a_third() -> None:
     assert site.asked == (1, 1)
 
 
+async def test_one_that_loses_every_hedge_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("xkiproxy.kmi.standing._FIRST_PAUSE_SECONDS", 60.0)
+    site = Site(hedge=0.01)
+    site.one.seconds = 5.0
+    for _ in range(5):
+        assert site.one.standing.is_good
+        assert await site.by(20.0) == "two"
+    assert not site.one.standing.is_good
+    assert [await site.by(20.0) for _ in range(3)] == ["two"] * 3
+    assert site.asked == (5, 8)
+    assert site.counted("hedges", outcome="won") == 5
+
+
+async def test_one_that_lost_every_hedge_is_tried_until_it_is_fast_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("xkiproxy.kmi.standing._FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr("xkiproxy.kmi.standing._LAST_PAUSE_SECONDS", 0.01)
+    site = Site(hedge=1.0)
+    site.one.seconds = 30.0
+    for _ in range(5):
+        site.one.standing.outrun(time.monotonic())
+    await asyncio.sleep(0.02)
+    assert await site.by(60.0) == "two"  # the trial has cost this one its second
+    assert site.asked == (1, 1)
+    assert not site.one.standing.is_good
+    site.one.seconds = 0.0
+    await asyncio.sleep(0.02)
+    assert await site.by(60.0) == "one"
+    assert site.one.standing.is_good
+
+
+async def test_one_that_is_slow_now_and_then_is_not_left_alone() -> None:
+    site = Site(hedge=1.0)
+    for _ in range(3):
+        for _ in range(4):
+            site.one.standing.outrun(time.monotonic())
+        assert await site.by(60.0) == "one"
+    assert site.asked == (3, 0)
+
+
 # ---- standing --------------------------------------------------------------------------------
 
 
@@ -319,6 +406,16 @@ def test_pauses_grow_with_each_failed_trial_and_end_with_a_success() -> None:
     assert standing.may_try(now)
 
 
+def test_to_be_outrun_on_trial_is_a_failed_trial() -> None:
+    standing = Standing()
+    standing.fail(100.0)
+    assert standing.may_try(101.0)
+    standing.outrun(101.0)
+    standing.outrun(101.0)  # one that had begun before
+    assert not standing.may_try(101.4)
+    assert standing.may_try(101.6)
+
+
 # ---- in a key store --------------------------------------------------------------------------
 
 
@@ -329,21 +426,27 @@ def store(
     policy: str = "",
     usage: Usage = Usage.BOTH,
     hedge: float | None = None,
+    encryptions: Encryptions | None = None,
 ) -> KeyStore:
     catalog = SqliteCatalog(tmp_path / "catalog.db")
     for kmi, used in ((one, Usage.BOTH), (two, usage)):
         catalog.put(CatalogEntry(kmi.name, "k", KeyState.ENABLED, used, 0.0))
-    return store_of(catalog, one, two, policy, hedge)
+    return store_of(catalog, one, two, policy, hedge, encryptions)
 
 
 def store_of(
-    catalog: SqliteCatalog, one: Scripted, two: Scripted, policy: str, hedge: float | None
+    catalog: SqliteCatalog,
+    one: Scripted,
+    two: Scripted,
+    policy: str,
+    hedge: float | None,
+    encryptions: Encryptions | None = None,
 ) -> KeyStore:
     kmis: list[Any] = [one, two]
     return KeyStore(
         "demo", catalog, kmis, CachedSigningKeys([]), ReplayWindow(), deadline=1,
         authorizer=Authorizer("demo", Policies(split("p", policy))) if policy else None,
-        failover=Failover(FailoverMetrics(Metrics(), "demo"), hedge),
+        failover=Failover(FailoverMetrics(Metrics(), "demo"), hedge), encryptions=encryptions,
     )  # fmt: skip
 
 
@@ -357,6 +460,28 @@ async def test_the_trail_names_the_kmi_that_served(tmp_path: Path) -> None:
     assert (trail.kmi, result.ciphertext) == ("two", b"of two")
     assert isinstance(await demo.perform(Random(4), deadline, trail), RandomBytes)
     assert trail.kmi == "two"
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "hedge", "by"),
+    [
+        (Scripted("one"), Scripted("two"), None, "one"),
+        (Scripted("one", "UNAVAILABLE"), Scripted("two"), None, "two"),
+        (Scripted("one", "ok", 30.0), Scripted("two"), 0.01, "two"),
+        (Scripted("one", "ok", 0.1), Scripted("two", "ok", 30.0), 0.01, "one"),
+    ],
+    ids=["first", "failover", "hedge won", "hedge lost"],
+)
+async def test_an_encryption_is_counted_where_it_was_made(
+    tmp_path: Path, one: Scripted, two: Scripted, hedge: float | None, by: str
+) -> None:
+    encryptions = Encryptions(tmp_path / "encryptions.db")
+    demo = store(tmp_path, one, two, hedge=hedge, encryptions=encryptions)
+    trail = Trail()
+    await demo.perform(OPERATION, time.monotonic() + 60, trail)
+    assert dict(encryptions.take()) == {(by, "k", 1): 1}
+    assert trail.kmi == by
+    encryptions.close()
 
 
 async def test_each_kmi_is_asked_only_if_it_may_be(tmp_path: Path) -> None:

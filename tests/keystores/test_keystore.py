@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,12 +12,22 @@ from typing import Any
 import pytest
 
 from xkiproxy.crypto.algorithms import Usage
-from xkiproxy.crypto.operations import KeyState
+from xkiproxy.crypto.operations import (
+    Fault,
+    KeyState,
+    OperationError,
+    OutputForm,
+    Random,
+    RandomBytes,
+    Result,
+)
+from xkiproxy.crypto.wrapping import Wrapping, WrappingAlgorithm
 from xkiproxy.keystores.catalog import CatalogEntry
 from xkiproxy.keystores.keystore import KeyStore
 from xkiproxy.keystores.replay import ReplayWindow
 from xkiproxy.keystores.signing_keys import CachedSigningKeys
 from xkiproxy.keystores.sqlite_catalog import SqliteCatalog
+from xkiproxy.keystores.trail import Trail
 from xkiproxy.kmi.base import KmiState
 
 UP, DOWN = KmiState.CONNECTED, KmiState.DISCONNECTED
@@ -61,3 +74,42 @@ def test_a_key_disabled_at_one_kmi_is_served_by_none(
 ) -> None:
     _, entry = store(tmp_path, states)._find("k")
     assert entry.state is not ENABLED
+
+
+async def drawing(operation: Random, deadline: float, timing: object) -> Result:
+    """Stands for a KMI."""
+    return RandomBytes(bytes(operation.length))
+
+
+async def test_public_key_wrappings_at_once_are_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_end = threading.Event()
+
+    def slow(wrapping: Wrapping, data: bytes) -> bytes:
+        """Stands for SM2, which takes long."""
+        may_end.wait(30)
+        return b"wrapped"
+
+    monkeypatch.setattr("xkiproxy.keystores.keystore.wrap", slow)
+    demo = store(tmp_path, [(UP, ENABLED)])
+    demo.kmis[0].submit = drawing  # type: ignore[method-assign, assignment]
+    wrapping = Wrapping(WrappingAlgorithm.SM2PKE, b"")
+    operation = Random(32, OutputForm.PUBLIC_KEY_WRAPPED, wrapping)
+
+    async def draw() -> str:
+        try:
+            await demo.perform(operation, time.monotonic() + 60, Trail())
+        except OperationError as error:
+            return error.fault.name
+        return "wrapped"
+
+    for _ in range(2):  # those that have ended count no more
+        may_end.clear()
+        tasks = [asyncio.create_task(draw()) for _ in range(11)]
+        try:
+            await asyncio.wait(tasks, timeout=10, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            may_end.set()
+        said = await asyncio.gather(*tasks)
+        assert said == ["wrapped"] * 8 + [Fault.THROTTLED.name] * 3

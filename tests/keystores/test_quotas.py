@@ -99,6 +99,42 @@ def test_a_table_that_is_full_still_serves(clock: Clock, monkeypatch: pytest.Mon
     assert admitted(of, 3, "k", "0") == 1  # its place has long been another's
 
 
+def test_a_bucket_whose_place_went_to_another_gets_a_place_of_its_own(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quotas, "_PLACES", 2)
+    table = QuotaTable()
+    of = Quotas("demo", {"principal": Quota(1, 1)}, table)
+
+    def first_place(name: str) -> int:
+        return table.mark("demo", "principal", name) % 2
+
+    others = (name for name in map(str, range(100)) if first_place(name) == first_place("p"))
+    assert admitted(of, 2, "k", "p") == 1
+    clock.now += 2  # it is full again, and needs no place
+    other = next(others)
+    assert admitted(of, 2, "k", other) == 1
+    assert admitted(of, 1, "k", "p") == 1
+    assert admitted(of, 1, "k", "p") == 0
+    assert admitted(of, 1, "k", other) == 0
+
+
+def test_buckets_that_would_have_the_same_place_count_each_for_itself(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quotas, "_PLACES", 64)
+    table = QuotaTable()
+    of = Quotas("demo", {"principal": Quota(1, 1)}, table)
+    by_place: dict[int, list[str]] = {}
+    for number in range(64 * 8):
+        place = table.mark("demo", "principal", str(number)) % 64
+        by_place.setdefault(place, []).append(str(number))
+    names = max(by_place.values(), key=len)[:8]
+    assert len(names) == 8
+    assert [admitted(of, 1, "k", name) for name in names] == [1] * 8
+    assert [admitted(of, 1, "k", name) for name in names] == [0] * 8
+
+
 def test_what_is_remembered_does_not_grow(clock: Clock) -> None:
     of = Quotas("demo", {"principal": Quota(1, 1)}, QuotaTable())
     for number in range(10_000):

@@ -20,6 +20,7 @@ from xkiproxy.config.tls import TlsError, read_tls
 from xkiproxy.protocols.base import Trouble
 from xkiproxy.protocols.xki import XkiProtocol
 from xkiproxy.protocols.xks import XksProtocol
+from xkiproxy.server.connection import Connection
 from xkiproxy.server.http import Request
 from xkiproxy.server.tls import server_context
 
@@ -37,6 +38,12 @@ async def connect(
     return await asyncio.open_connection(
         "127.0.0.1", proxy.port, ssl=context or trusting(proxy), server_hostname="localhost"
     )
+
+
+def connections(proxy: Proxy) -> set[Connection]:
+    shared = proxy.listener._shared
+    assert shared is not None
+    return shared.connections
 
 
 def request_bytes(proxy: Proxy, body: bytes, path: str = "", extra: bytes = b"") -> bytes:
@@ -98,11 +105,9 @@ async def test_a_thousand_requests_in_one_go(proxy: Proxy) -> None:
     writer.write(b"".join(f"GET {path} HTTP/1.1\r\nhost: x\r\n\r\n".encode() for path in paths))
     writer.write(request_bytes(proxy, proxy.cloud.body()))
     most = 0
-    shared = proxy.listener._shared
-    assert shared is not None
     for _ in paths:
         assert (await read_answer(reader))[0] == 404
-        most = max(most, *(len(connection._queue) for connection in shared.connections))
+        most = max(most, *(len(connection._queue) for connection in connections(proxy)))
     assert (await read_answer(reader))[0] == 200
     assert most <= 16
     writer.close()
@@ -149,6 +154,44 @@ async def test_a_client_that_does_not_read_its_answers(proxy: Proxy) -> None:
     writer.transport.resume_reading()
     for _ in range(count):
         assert (await read_answer(reader))[0] == 404
+    writer.close()
+
+
+async def test_a_client_that_reads_on_gets_all_its_answers(proxy: Proxy) -> None:
+    """Its window is small, and it sends until the server has nowhere to write to."""
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    sock.setblocking(False)
+    await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", proxy.port))
+    reader, writer = await asyncio.open_connection(
+        sock=sock, ssl=trusting(proxy), server_hostname="localhost"
+    )
+    writer.transport.pause_reading()
+    count = 0
+    async with asyncio.timeout(60):
+        while not any(connection._paused for connection in connections(proxy)):
+            writer.write(f"GET {proxy.base}/nowhere HTTP/1.1\r\nhost: x\r\n\r\n".encode() * 100)
+            count += 100
+            await asyncio.sleep(0.01)
+    writer.transport.resume_reading()
+    for _ in range(count):
+        assert (await read_answer(reader))[0] == 404
+    writer.close()
+
+
+@pytest.mark.parametrize("count", range(1, 9))
+async def test_after_any_number_of_pipelined_requests_a_connection_is_idle(
+    proxy: Proxy, count: int
+) -> None:
+    reader, writer = await connect(proxy)
+    writer.write(b"".join(whole_request(proxy) for _ in range(count)))
+    assert [(await read_answer(reader))[0] for _ in range(count)] == [200] * count
+    await asyncio.sleep(0.05)  # what the parser may have held back is asked for
+    assert [connection.is_idle for connection in connections(proxy)] == [True]
+    writer.write(b"POST / HT")
+    async with asyncio.timeout(10):
+        while any(connection.is_idle for connection in connections(proxy)):
+            await asyncio.sleep(0.01)
     writer.close()
 
 

@@ -14,8 +14,10 @@ from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
 from harness import AWS_ID, AWS_SECRET, Answer, Proxy
 
+from xkiproxy.crypto import envelope
 from xkiproxy.crypto.envelope import integrity_value
 from xkiproxy.crypto.operations import (
+    CiphertextFormat,
     Decrypted,
     Encrypted,
     Fault,
@@ -23,8 +25,15 @@ from xkiproxy.crypto.operations import (
     OperationError,
     Result,
 )
+from xkiproxy.keystores.credentials import Credential
+from xkiproxy.keystores.keystore import KeyStore
+from xkiproxy.keystores.replay import ReplayWindow
+from xkiproxy.keystores.signing_keys import CachedSigningKeys
+from xkiproxy.protocols.xks import XksProtocol
+from xkiproxy.server.gateway import Tenant
 
 BASE = "/aws/kms/xks/v1"
+RAW_BASE = "/raw/kms/xks/v1"
 METADATA = {
     "awsPrincipalArn": "arn:aws:iam::123456789012:user/Alice",
     "kmsKeyArn": "arn:aws:kms:us-east-2:123456789012:/key/1234abcd",
@@ -50,8 +59,8 @@ def headers(proxy: Proxy, path: str, body: bytes) -> dict[str, str]:
     return {name: str(value) for name, value in request.headers.items()}
 
 
-async def call(proxy: Proxy, name: str, key: str = "", **fields: Any) -> Answer:
-    path = f"{BASE}/keys/{key}/{name}" if key else f"{BASE}/{name}"
+async def call(proxy: Proxy, name: str, key: str = "", base: str = BASE, **fields: Any) -> Answer:
+    path = f"{base}/keys/{key}/{name}" if key else f"{base}/{name}"
     body = json.dumps({"requestMetadata": METADATA, **fields}).encode()
     return await proxy.post(path, body, headers(proxy, path, body))
 
@@ -68,6 +77,13 @@ async def decrypt(proxy: Proxy, made: dict[str, str], key: str = "aes256", **f: 
     return await call(proxy, "decrypt", key, encryptionAlgorithm="AES_GCM", **{**fields, **f})
 
 
+def serve_raw(proxy: Proxy) -> None:
+    """Serve under RAW_BASE, and nothing else, with `ciphertext_format = "raw"`."""
+    keys = CachedSigningKeys([Credential(AWS_ID, AWS_SECRET, "2026-01-01T00:00:00Z")])
+    store = KeyStore("raw", proxy.catalog, [proxy.kmi], keys, ReplayWindow(), deadline=5.0)
+    proxy.gateway.serve([Tenant("/raw", XksProtocol(CiphertextFormat.RAW), store)])
+
+
 def error(answer: Answer) -> tuple[int, str]:
     assert set(answer.fields) == {"errorName", "errorMessage"}
     message = answer.fields["errorMessage"]
@@ -75,6 +91,25 @@ def error(answer: Answer) -> tuple[int, str]:
     assert message.isascii()
     assert message.isprintable()
     return answer.status, answer.fields["errorName"]
+
+
+async def test_a_raw_key_store_gives_out_no_metadata_and_takes_none(proxy: Proxy) -> None:
+    serve_raw(proxy)
+    made = await encrypt(
+        proxy, b"hello", base=RAW_BASE, ciphertextDataIntegrityValueAlgorithm="SHA_256"
+    )
+    assert made.status == 200, made.fields
+    assert "ciphertextMetadata" not in made.fields
+    iv, closed, tag = (
+        unb64(made.fields[name])
+        for name in ("initializationVector", "ciphertext", "authenticationTag")
+    )
+    value = integrity_value(b"", b"", iv, closed + tag)
+    assert unb64(made.fields["ciphertextDataIntegrityValue"]) == value
+    assert (await decrypt(proxy, made.fields, base=RAW_BASE)).fields == {"plaintext": b64(b"hello")}
+    for metadata in (envelope.metadata(1), b"x"):
+        refused = await decrypt(proxy, made.fields, base=RAW_BASE, ciphertextMetadata=b64(metadata))
+        assert error(refused) == (400, "InvalidCiphertextException")
 
 
 async def test_health(proxy: Proxy) -> None:

@@ -3,8 +3,8 @@
 A KMI that is away refuses at once; one that has stalled says nothing. So an attempt may take half
 of the time that is left, unless it is the last, and the next KMI gets the other half. Two that are
 asked at the same time share their half. What has failed is left alone for a pause that grows with
-each failure; then one request, and only one, tries it. Encrypt and decrypt may be done twice:
-nothing is changed by them.
+each failure; then one request, and only one, tries it. So has one that is always the slower of two.
+Encrypt and decrypt may be done twice: nothing is changed by them.
 """
 
 from __future__ import annotations
@@ -98,10 +98,7 @@ class Failover:
         enter: Enter,
         timing: Timing | None,
     ) -> Served:
-        """Ask the second when the first is slow, or fails; the first result counts.
-
-        To be slow once is no failure.
-        """
+        """Ask the second when the first is slow, or fails; the first result counts."""
         _enter(one, enter)
         first = asyncio.ensure_future(_ask(one, operation, limit, timing))
         asked: dict[asyncio.Future[Result], Kmi] = {first: one}
@@ -115,6 +112,8 @@ class Failover:
             task = await _first_good(asked)
             if len(asked) > 1:
                 self._counts.hedged("lost" if task is first else "won")
+            if not first.done():
+                one.standing.outrun(time.monotonic())
             enter(asked[task])  # so that the trail names the one whose answer it is
             return Served(task.result(), asked[task])
         finally:

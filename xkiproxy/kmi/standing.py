@@ -5,6 +5,9 @@ from __future__ import annotations
 _FIRST_PAUSE_SECONDS = 0.25
 _LAST_PAUSE_SECONDS = 4.0
 
+_MAX_OUTRUN = 5
+"""To have been the slower one so many times in a row is a failure."""
+
 
 class Standing:
     """A circuit breaker for those who have another KMI to ask.
@@ -13,12 +16,13 @@ class Standing:
     request tries, while the others still go elsewhere. A success ends it.
     """
 
-    __slots__ = ("_is_on_trial", "_pause", "_until")
+    __slots__ = ("_is_on_trial", "_outrun", "_pause", "_until")
 
     def __init__(self) -> None:
         self._pause = 0.0
         self._until = 0.0
         self._is_on_trial = False
+        self._outrun = 0
 
     @property
     def is_good(self) -> bool:
@@ -52,7 +56,17 @@ class Standing:
         self._is_on_trial = False
         self._until = now + self._pause
 
+    def outrun(self, now: float) -> None:
+        """Another that was asked later has answered first.
+
+        To be slow once is no failure; to be slow on trial is one, and so is to be slow always.
+        """
+        self._outrun += 1
+        if self._is_on_trial or self._outrun >= _MAX_OUTRUN:
+            self.fail(now)
+
     def succeed(self) -> None:
         """It has answered, be it with a refusal: it is there."""
         self._pause = 0.0
         self._is_on_trial = False
+        self._outrun = 0

@@ -218,6 +218,9 @@ class Connection(BaseProtocol):
         else:
             if messages:
                 self._queue.extend(messages)
+            elif state is _IDLE and data and not self._queue:
+                self.state = _HEAD
+                self.expires = self._loop.time() + self._shared.head_seconds
             if upgraded:
                 self._is_last = True
         # One fewer: of a request that was begun before its body had come, the parser never learns
@@ -246,13 +249,14 @@ class Connection(BaseProtocol):
     # ---- requests --------------------------------------------------------------------------
 
     def _advance(self) -> None:
-        """Go on with what has been read: begin a request, its body, or wait for more."""
+        """Go on with what has been read: begin a request, or take its body."""
         state = self.state
         if state is _BUSY or state is _ENDING or self._paused:
             return
         if state is not _BODY:
             if not self._queue:
-                self._wait()
+                if self._broken:
+                    self._answer_broken()
                 return
             self._begin(*self._queue.popleft())
             self._parser.message_consumed()  # type: ignore[union-attr]
@@ -269,15 +273,11 @@ class Connection(BaseProtocol):
         self.expires = _NEVER
         self._shared.arrive(self, request)
 
-    def _wait(self) -> None:
-        """Nothing whole is there: for how long may the client take?"""
-        if self._broken:
-            self.state = _BUSY
-            self._head = None
-            self._shared.depart(self, self._shared.gateway.answer_not_http())
-        elif self.state is _IDLE:
-            self.state = _HEAD
-            self.expires = self._loop.time() + self._shared.head_seconds
+    def _answer_broken(self) -> None:
+        """All that was HTTP is answered; what came last was none."""
+        self.state = _BUSY
+        self._head = None
+        self._shared.depart(self, self._shared.gateway.answer_not_http())
 
     def _begin(self, head: RawRequestMessage, body: StreamReader) -> None:
         """The headers of a request have come."""
@@ -370,7 +370,7 @@ class Connection(BaseProtocol):
             self._resume_transport_reading()
             self._loop.call_soon(self.data_received, b"")
         elif self._broken:
-            self._wait()
+            self._answer_broken()
 
     def _write(self, data: bytes) -> None:
         cast(asyncio.Transport, self.transport).write(data)

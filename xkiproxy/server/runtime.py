@@ -306,7 +306,8 @@ class Runtime:
             _watch_event_loop(self.metrics.event_loop_lag.labels()),
             _every(_REFRESH_SECONDS, self._refresh),
             _every(_AUDIT_SECONDS, partial(self._check_audit, audit)),
-            _every(_CHECK_SECONDS, self.check_kmis),
+            # Each by itself: one that is slow must not let what is known of the others grow old.
+            *(_every(_CHECK_SECONDS, kmi.check) for kmi in self.kmis.values()),
             _every(_COUNTS_SECONDS, lambda: asyncio.to_thread(self._write_last_use)),
             _every(_COUNTS_SECONDS, self._write_encryptions),
         ]

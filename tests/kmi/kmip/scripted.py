@@ -61,6 +61,8 @@ class Scripted:
     echoes: bool = True
     """Whether it says which items its answers belong to."""
     port: int = 0
+    open: int = 0
+    """How many connections there are."""
 
     def settings(self, **changes: Any) -> KmipSettings:
         tls = {
@@ -81,6 +83,7 @@ class Scripted:
     # ---- messages --------------------------------------------------------------------------
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.open += 1
         try:
             while True:
                 head = await reader.readexactly(ttlv.HEADER_SIZE)
@@ -92,6 +95,7 @@ class Scripted:
         except (asyncio.IncompleteReadError, OSError):
             pass
         finally:
+            self.open -= 1
             writer.close()
 
     def _answer(self, message: Structure) -> bytes:

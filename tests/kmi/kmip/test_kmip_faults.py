@@ -425,3 +425,66 @@ async def test_the_server_makes_ivs(tmp_path: Path) -> None:
         opened = Decrypt("key", made.ciphertext, made.iv, 1, aad=b"a")
         assert (await one(lane, opened)).plaintext == b"x"
         assert fault(await one(lane, wrong(made))) is Fault.INVALID_CIPHERTEXT
+
+
+# ---- starts that are broken off ------------------------------------------------------------------
+
+
+async def given_up(server: Scripted, starting: asyncio.Task[KmipLane]) -> None:
+    """Break off a start; the server must see the end of its connection."""
+    assert not starting.done()
+    starting.cancel()
+    await asyncio.wait({starting}, timeout=10)
+    assert starting.cancelled()
+    await closed(server)
+
+
+async def closed(server: Scripted) -> None:
+    async with asyncio.timeout(10):
+        while server.open:
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    "operation", [Op.DISCOVER_VERSIONS, Op.QUERY, Op.LOCATE, Op.GET_ATTRIBUTES, Op.ENCRYPT]
+)
+async def test_a_start_that_is_broken_off_leaves_no_connection(
+    tmp_path: Path, operation: Op
+) -> None:
+    def stall(asked: int, payload: Structure) -> None:
+        if asked == operation:
+            server.seconds = 1.0
+
+    async with scripted(tmp_path) as server:
+        server.refuse = stall
+        launcher = KmipLauncher(server.settings(probe_key="key"))
+        starting = asyncio.create_task(launcher.launch(0))
+        async with asyncio.timeout(10):
+            while not server.count(operation):
+                await asyncio.sleep(0.01)
+        await given_up(server, starting)
+
+
+async def test_nor_does_one_that_is_broken_off_between_two_messages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reached = asyncio.Event()
+
+    async def hang(*arguments: object) -> None:
+        """Stands for the moment at which no message is on its way."""
+        reached.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(lane_module, "find_key", hang)
+    async with scripted(tmp_path) as server:
+        starting = asyncio.create_task(KmipLauncher(server.settings(probe_key="key")).launch(0))
+        await asyncio.wait_for(reached.wait(), 10)
+        assert server.open == 1
+        await given_up(server, starting)
+
+
+async def test_nor_does_one_whose_probe_key_is_not_there(tmp_path: Path) -> None:
+    async with scripted(tmp_path) as server:
+        with pytest.raises(LaneError, match="probe_key missing: it is not there"):
+            await KmipLauncher(server.settings(probe_key="missing")).launch(0)
+        await closed(server)

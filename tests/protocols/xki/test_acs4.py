@@ -293,6 +293,16 @@ def test_body_that_is_not_the_signed_one() -> None:
     assert refused(other).reason == "body_hash"
 
 
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_content_hash_that_is_not_the_bodys_is_refused_though_it_is_signed(
+    algorithm: str,
+) -> None:
+    """The signature is right, also over the header that is wrong."""
+    name = "x_acs_content_sm3" if "SM3" in algorithm else "x_acs_content_sha256"
+    for value in ("0" * 64, "", Encoder.hex_encode(Encoder.hash(b"{}", algorithm))):
+        assert refused(signed(algorithm, **{name: value})).reason == "body_hash"
+
+
 def test_nothing_tells_an_unknown_access_key_from_a_wrong_signature() -> None:
     unknown = refused(signed(access_key_id="XKIUNKNOWNACCESSKEY00009"))
     wrong = refused(signed(secret="the-wrong-secret-of-the-tests"))

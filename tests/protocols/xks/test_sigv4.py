@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -123,6 +124,40 @@ def test_every_corrupted_byte_is_refused() -> None:
     for variant in variants:
         refused(variant)
     assert len(variants) > 300
+
+
+def with_content_hash(value: str) -> SignedRequest:
+    """Signed by our own signer: botocore's would take the header for the hash of the body."""
+    date = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+    headers = {"host": "proxy.example.com", "x-amz-date": date, "x-amz-content-sha256": value}
+    headers["authorization"] = sigv4.sign(
+        "POST", PATH, headers, BODY, access_key_id=ID, secret=SECRET, region="us-east-1"
+    )
+    raw = [(name.encode(), text.encode()) for name, text in headers.items()]
+    return SignedRequest("POST", PATH, "", raw, BODY)
+
+
+def test_a_content_hash_that_is_not_the_bodys_is_refused_though_it_is_signed() -> None:
+    assert verify(with_content_hash(hashlib.sha256(BODY).hexdigest())) == ID
+    for value in ("0" * 64, "", hashlib.sha256(b"{}").hexdigest(), "UNSIGNED-PAYLOAD"):
+        assert refused(with_content_hash(value)).reason == "body_hash"
+
+
+def test_a_body_that_is_not_the_one_of_a_signed_content_hash_is_refused() -> None:
+    request = with_content_hash(hashlib.sha256(BODY).hexdigest())
+    other = SignedRequest("POST", PATH, "", request.headers, b"{}")
+    assert refused(other).reason == "body_hash"
+
+
+def test_a_content_hash_that_is_not_signed_must_be_right_too() -> None:
+    assert (
+        verify(
+            with_header(signed(), "x-amz-content-sha256", hashlib.sha256(BODY).hexdigest().encode())
+        )
+        == ID
+    )
+    wrong = with_header(signed(), "x-amz-content-sha256", b"0" * 64)
+    assert refused(wrong).reason == "body_hash"
 
 
 @pytest.mark.parametrize("off", [-301, 301, 86_400])
