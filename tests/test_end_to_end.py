@@ -342,7 +342,7 @@ def test_without_a_readable_catalog_nothing_is_served(running: Installation) -> 
     assert catalog.exists()
 
 
-def wait_for(condition: Any, seconds: float = 20.0) -> None:
+def wait_for(condition: Any, seconds: float = 45.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:

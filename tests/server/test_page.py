@@ -303,7 +303,7 @@ class Shown:
             pass
         return str(answer["result"]["result"]["value"])
 
-    async def wait_for(self, words: str, seconds: float = 20) -> str:
+    async def wait_for(self, words: str, seconds: float = 45) -> str:
         deadline = time.monotonic() + seconds
         while words not in (text := await self.text()):
             assert time.monotonic() < deadline, text
