@@ -25,6 +25,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from ports import free_port
 
 from xkiproxy.config.models import KmipSettings
 
@@ -87,9 +88,7 @@ class PyKmip:
         self.authority = issue(self.folder, "ca")
         issue(self.folder, "server", self.authority)
         issue(self.folder, "client", self.authority, client=True)
-        with socket.socket() as sock:
-            sock.bind(("127.0.0.1", 0))
-            self.port = int(sock.getsockname()[1])
+        self.port = free_port()
 
     def settings(self, **changes: Any) -> KmipSettings:
         fields: dict[str, Any] = {

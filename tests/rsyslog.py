@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from ports import free_port
 
 _PROGRAM = shutil.which("rsyslogd", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
 
@@ -32,9 +33,7 @@ class Rsyslog:
         assert _PROGRAM, "rsyslogd is missing: run tests/system-packages.sh"
         self.folder = folder
         folder.mkdir()
-        with socket.socket() as sock:
-            sock.bind(("127.0.0.1", 0))
-            self.port = int(sock.getsockname()[1])
+        self.port = free_port()
         files = mode = ""
         if certificates is not None:
             files = (

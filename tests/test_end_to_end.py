@@ -25,19 +25,12 @@ import pytest
 import secret_scan
 from cloud import SHA256, SM3, Cloud
 from hsm import children
+from ports import free_ports
 
 BASE = "/demo/kms/xki/v1"
 
 _SHOW_SECRETS = {"credentials", "kms-config", "call"}
 """Commands that are asked to show a secret or a plaintext."""
-
-
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for sock in sockets:
-            sock.bind(("127.0.0.1", 0))
-        return [sock.getsockname()[1] for sock in sockets]
 
 
 class Installation:
@@ -103,7 +96,7 @@ class Installation:
                 [sys.executable, "-m", "xkiproxy", "serve", "--config", str(self.config)],
                 stdout=log, stderr=log,
             )  # fmt: skip
-        for _ in range(400):
+        for _ in range(900):
             if self.process.poll() is not None:
                 pytest.fail(self.output.read_text())
             if self.admin("readyz")[0] == 200:

@@ -11,7 +11,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from test_end_to_end import free_ports
+from ports import free_ports
 
 from xkiproxy.config import load_config
 

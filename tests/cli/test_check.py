@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from harness import make_certificate
-from test_end_to_end import free_ports
+from ports import free_ports
 from transit import TransitSite
 
 

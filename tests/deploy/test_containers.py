@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import sysconfig
@@ -27,6 +26,7 @@ from typing import Any
 import pytest
 import yaml
 from hsm import SOFTHSM
+from ports import free_ports
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = ROOT / "deploy" / "docker" / "Dockerfile"
@@ -148,10 +148,7 @@ def proxy(tmp_path: Path) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
     """A running proxy with the admin listener where `init` puts it, but for the port."""
     config = tmp_path / "etc" / "xkiproxy.toml"
     assert run(*XKIPROXY, "init", config.parent).returncode == 0
-    with socket.socket() as one, socket.socket() as two:
-        for sock in (one, two):
-            sock.bind(("127.0.0.1", 0))
-        port, admin = (sock.getsockname()[1] for sock in (one, two))
+    port, admin = free_ports(2)
     text = config.read_text().replace("0.0.0.0:8443", f"127.0.0.1:{port}")
     config.write_text(text.replace("127.0.0.1:9464", f"127.0.0.1:{admin}"))
     process = subprocess.Popen([*XKIPROXY, "serve", "--config", config], stderr=subprocess.DEVNULL)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from container import begin_root, remove_root, unavailable
+from ports import free_ports
 from test_containers import COMPOSE, DOCKERFILE, ROOT, health_check
 
 BASE = ["python3", "python3-venv", "ca-certificates", "passwd"]
@@ -132,10 +132,7 @@ def test_image_from_build_to_stop(place: Path) -> None:
 
     buildah("copy", container, COMPOSE / "setup.sh", "/setup.sh")
     buildah("copy", container, COMPOSE / "softhsm2.conf", "/etc/softhsm2.conf")
-    with socket.socket() as one, socket.socket() as two:
-        for sock in (one, two):
-            sock.bind(("127.0.0.1", 0))
-        port, admin = (sock.getsockname()[1] for sock in (one, two))
+    port, admin = free_ports(2)
     said = buildah(
         "run",
         "--env=SOFTHSM2_CONF=/etc/softhsm2.conf",

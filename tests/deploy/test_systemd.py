@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from hsm import SOFTHSM, children, make_hsm
+from ports import free_ports
 from sandbox import allowed_calls, settings
 
 ROOT = Path(__file__).parents[2]
@@ -109,10 +110,7 @@ class Service:
         self.log = directory / "log"
         program = [sys.executable, "-m", "xkiproxy"]
         subprocess.run([*program, "init", str(self.config.parent), *init], check=True, timeout=60)
-        with socket.socket() as one, socket.socket() as two:
-            for sock in (one, two):
-                sock.bind(("127.0.0.1", 0))
-            self.port, self.admin_port = (sock.getsockname()[1] for sock in (one, two))
+        self.port, self.admin_port = free_ports(2)
         text = self.config.read_text()
         text = text.replace("0.0.0.0:8443", f"127.0.0.1:{self.port}")
         text = text.replace("127.0.0.1:9464", f"127.0.0.1:{self.admin_port}")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ports import free_port
 from test_end_to_end import BASE, wait_for
 from test_proxy_protocol import V4, version_2
 from test_workers import Workers
@@ -78,9 +79,7 @@ def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Balanced]
 def balancer(request: pytest.FixtureRequest, server: Balanced, tmp_path: Path) -> Iterator[int]:
     """The port of a real haproxy in front of the server."""
     assert _HAPROXY, "haproxy is missing: run tests/system-packages.sh"
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = int(sock.getsockname()[1])
+    port = free_port()
     config = tmp_path / "haproxy.cfg"
     config.write_text(
         "defaults\n mode tcp\n timeout connect 5s\n timeout client 60s\n timeout server 60s\n"

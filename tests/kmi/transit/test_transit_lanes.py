@@ -11,7 +11,7 @@ import pytest
 from conftest import StartKmi
 from Cryptodome.Cipher import AES
 from hsm import bound, decrypt, encrypt, eventually, opening, restarts, submit
-from test_end_to_end import free_ports
+from ports import free_ports
 from transit import TransitSite
 from transit_server import TransitServer
 
