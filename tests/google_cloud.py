@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import base64
+import http.server
 import json
+import ssl
+import threading
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric import rsa
@@ -16,6 +20,7 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
 )
 from google.auth import crypt, jwt
+from harness import make_certificate
 
 ACCOUNT = "service-123456789012@gcp-sa-ekms.iam.gserviceaccount.com"
 AUDIENCE = "https://localhost"
@@ -82,3 +87,58 @@ def request(reason: str | None = "CUSTOMER_INITIATED_ACCESS", **fields: Any) -> 
     if reason is not None:
         context["accessReasonContext"] = {"reason": reason}
     return {**fields, "additionalContext": context}
+
+
+class KeyServer:
+    """The server of Google's keys: HTTPS, in a thread, with its certificate in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir()
+        make_certificate(folder)
+        self.certificate = folder / "server.crt"
+        self.document = ""
+        self.status = 200
+        self.headers: dict[str, str] = {}
+        self.asked = 0
+        self.port = 0
+        self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self._context.load_cert_chain(self.certificate, folder / "server.key")
+        self._server: http.server.ThreadingHTTPServer | None = None
+
+    @property
+    def url(self) -> str:
+        return f"https://localhost:{self.port}/oauth2/v3/certs"
+
+    def start(self) -> None:
+        """Listen, at the port of before if there was one."""
+        served = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                served.asked += 1
+                self.send_response_only(served.status)
+                for name, value in served.headers.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(served.document.encode())
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", self.port), Handler)
+        self._server.socket = self._context.wrap_socket(self._server.socket, server_side=True)
+        self.port = self._server.server_port
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def stop(self) -> None:
+        if self._server is not None:
+            self._server.shutdown()
+            self._server.server_close()
+            self._server = None
+
+
+def keystore_table(kmi: str = "local", **google: Any) -> str:
+    """A key store for the end of a configuration; `google` is what its table has beside."""
+    lines = [f"{name} = {json.dumps(value)}" for name, value in google.items()]
+    return (
+        '\n[[keystore]]\nname = "gcp"\nprotocol = "ekm"\npath_prefix = "/gcp"\n'
+        f'kmi = ["{kmi}"]\ndeadline_ms = 5000\n\n[keystore.google]\n'
+        f'service_accounts = ["{ACCOUNT}"]\naudience = "{AUDIENCE}"\n' + "\n".join(lines) + "\n"
+    )

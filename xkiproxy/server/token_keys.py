@@ -79,7 +79,7 @@ class FetchedKeys:
         try:
             keys, age = await self._fetch()
         except _FAILURES as error:
-            self._fail(str(error) or type(error).__name__)
+            self._fail(_explain(self.origin[0], error))
         else:
             self._take(keys, age)
 
@@ -118,6 +118,21 @@ class FetchedKeys:
         self.error = why
         self._due = time.monotonic() + self._pause
         self._pause = min(2 * self._pause, _LONGEST_RETRY_SECONDS)
+
+
+def _explain(url: str, error: Exception) -> str:
+    """What went wrong; aiohttp's own texts show objects, other ones each time."""
+    match error:
+        case KeySetError() | SecretError() | TlsError():
+            return str(error)
+        case TimeoutError():
+            return f"{url}: no answer within {_TIMEOUT_SECONDS:g} seconds"
+        case aiohttp.ClientConnectorCertificateError():
+            return f"{url}: {error.certificate_error}"
+        case aiohttp.ClientConnectorError():
+            return f"{url}: {error.os_error.strerror or error.os_error}"
+        case _:
+            return f"{url}: the connection broke ({type(error).__name__})"
 
 
 async def _body(response: aiohttp.ClientResponse) -> bytes:
