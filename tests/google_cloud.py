@@ -134,11 +134,11 @@ class KeyServer:
             self._server = None
 
 
-def keystore_table(kmi: str = "local", **google: Any) -> str:
+def keystore_table(**google: Any) -> str:
     """A key store for the end of a configuration; `google` is what its table has beside."""
     lines = [f"{name} = {json.dumps(value)}" for name, value in google.items()]
     return (
         '\n[[keystore]]\nname = "gcp"\nprotocol = "ekm"\npath_prefix = "/gcp"\n'
-        f'kmi = ["{kmi}"]\ndeadline_ms = 5000\n\n[keystore.google]\n'
+        'kmi = ["local"]\ndeadline_ms = 5000\n\n[keystore.google]\n'
         f'service_accounts = ["{ACCOUNT}"]\naudience = "{AUDIENCE}"\n' + "\n".join(lines) + "\n"
     )

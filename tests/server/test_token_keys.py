@@ -15,7 +15,9 @@ import aiohttp
 import pytest
 from google_cloud import KeyServer, SigningKey, claims, key_set, keystore_table, request
 from harness import make_certificate
+from hsm import make_hsm
 from test_end_to_end import Installation
+from test_hsm_server import HsmInstallation
 from test_workers import Workers
 
 from xkiproxy.config import load_config
@@ -344,5 +346,28 @@ def test_keys_of_a_file_are_read_again_at_a_reload(tmp_path: Path, workers: int)
         assert answers(SECOND) == {400}
         file.unlink()
         assert str(file) in server.run("reload", status=1).stderr
+    finally:
+        server.stop()
+
+
+def test_an_hsm_wraps_for_google(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hsm = make_hsm(tmp_path / "hsm", monkeypatch)
+    server = HsmInstallation(tmp_path / "demo", hsm)
+    (server.directory / "google.json").write_text(key_set(FIRST))
+    with server.config.open("a") as config:
+        config.write(keystore_table(keys="google.json"))
+    headers = {"Authorization": f"Bearer {FIRST.sign(claims())}"}
+
+    def ask_for(method: str, **fields: str) -> tuple[int, dict[str, Any]]:
+        return server.send(f"{PATH}:{method}", json.dumps(request(**fields)).encode(), headers)
+
+    server.start()
+    try:
+        for aad in ({}, {"additionalAuthenticatedData": "AAAA"}):
+            status, made = ask_for("wrap", plaintext="a2V5", **aad)
+            assert status == 200, made
+            assert ask_for("unwrap", **made, **aad) == (200, {"plaintext": "a2V5"})
+            wrong = ask_for("unwrap", **made, additionalAuthenticatedData="AQID")
+            assert (wrong[0], wrong[1]["code"]) == (400, 3)
     finally:
         server.stop()
