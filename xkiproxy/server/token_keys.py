@@ -1,8 +1,8 @@
 """The public keys of an issuer of tokens, fetched from its server and kept fresh.
 
-They are fetched before they are out of date (the answer's Cache-Control says when that is), and at
-a token of a key that is not known, but then once a minute at most: whoever sends such tokens must
-not have the proxy send requests. While the server cannot be reached the keys that are known go on:
+They are fetched again once they are out of date (the answer's Cache-Control says when that is), and
+at a token of a key that is not known, but then once a minute at most: whoever sends such tokens
+must not have the proxy send requests. While the server cannot be reached the keys that are known go on:
 that Google's server is away must not be an outage of ours.
 """
 
@@ -32,7 +32,6 @@ _LONGEST_RETRY_SECONDS = 300.0
 _SHORTEST_AGE_SECONDS = 300.0
 _LONGEST_AGE_SECONDS = 24 * 3600.0
 _MAX_AGE = re.compile(r"(?:^|[\s,])max-age=\"?([0-9]{1,9})")
-
 
 _FAILURES = (aiohttp.ClientError, KeySetError, OSError, SecretError, TimeoutError, TlsError)
 
