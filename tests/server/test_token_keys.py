@@ -238,7 +238,7 @@ async def test_googles_outage_is_none_of_ours(
 ) -> None:
     async with running(site, monkeypatch) as (runtime, _):
         google.stop()
-        (source,) = runtime._sources()
+        (source,) = runtime.token_sources().values()
         source._due = 0.0
         await source.refresh()
         assert (await ask(site, FIRST))[0] == 200
@@ -264,7 +264,7 @@ async def test_a_start_without_keys_refuses_all_and_says_so(
         runtime.tenants = [tenant for tenant in runtime.tenants if tenant.token_keys is not None]
         assert len(runtime.obstacles()) == 1
         google.start()
-        (source,) = runtime._sources()
+        (source,) = runtime.token_sources().values()
         source._due = 0.0
         for _ in range(100):
             if (await ask(site, FIRST))[0] == 200:
@@ -337,8 +337,11 @@ def test_keys_of_a_file_are_read_again_at_a_reload(tmp_path: Path, workers: int)
         file.write_text("{}")
         assert "keystore[1]: " in server.run("reload", status=1).stderr
         assert answers(FIRST) == {200}
+        file.write_text(key_set(FIRST))
+        said = server.run("reload").stdout
+        assert "key store" not in said
         file.write_text(key_set(SECOND))
-        server.run("reload")
+        assert "key store gcp has other keys for tokens" in server.run("reload").stdout
         assert answers(FIRST) == {401}
         assert answers(SECOND) == {200}
         server.run("keys", "disable", "demo-key")

@@ -157,9 +157,10 @@ async def _open_all(settings: Config, remarks: list[str]) -> None:
     try:
         await runtime.start()
         problems = [Problem("kmi", text) for text in await _kmi_problems(runtime)]
-        for i, tenant in enumerate(runtime.tenants):
-            if tenant.token_keys is not None and tenant.token_keys.error:
-                problems.append(Problem(f"keystore[{i}].google", tenant.token_keys.error))
+        sources = runtime.token_sources()
+        for i, store in enumerate(settings.keystore):
+            if store.name in sources and (error := sources[store.name].error):
+                problems.append(Problem(f"keystore[{i}].google", error))
         if runtime.untimely:
             problems.append(Problem("server.tls", runtime.untimely))
         for i, (store, tenant) in enumerate(zip(settings.keystore, runtime.tenants, strict=True)):

@@ -25,11 +25,11 @@ from xkiproxy.observability.series import Count, Distribution
 from xkiproxy.observability.timing import Timing
 from xkiproxy.observability.tracing import Period, Tracer
 from xkiproxy.protocols.base import Protocol, Refusal, Trouble
+from xkiproxy.protocols.ekm.tokens import PublicKeys
 from xkiproxy.server.condition import Condition
 from xkiproxy.server.http import Answer, PlainAnswer, Request
 from xkiproxy.server.networks import Networks
 from xkiproxy.server.strangers import Strangers
-from xkiproxy.server.token_keys import FetchedKeys
 
 _log = logging.getLogger(__name__)
 
@@ -55,11 +55,11 @@ class Tenant:
         store: KeyStore,
         networks: Networks | None = None,
         last_used: dict[str, float] | None = None,
-        token_keys: FetchedKeys | None = None,
+        token_keys: PublicKeys | None = None,
     ) -> None:
         """`last_used` is told when an access key is used, in seconds since the epoch.
 
-        `token_keys` are what verifies tokens, where they are fetched: for who keeps them fresh.
+        `token_keys` are what verifies tokens, if it has such: for who keeps them fresh.
         """
         self.networks = networks
         self.last_used = {} if last_used is None else last_used

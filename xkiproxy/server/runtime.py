@@ -244,7 +244,7 @@ class Runtime:
             store,
             None if networks is None else Networks(networks),
             self._last_use.of(settings.name),
-            token_keys if isinstance(token_keys, FetchedKeys) else None,
+            token_keys if settings.google is not None else None,
         )
 
     def _token_keys(self, settings: KeystoreSettings, files: StoreFiles) -> PublicKeys:
@@ -254,17 +254,23 @@ class Runtime:
             return {}
         if files.token_keys is not None:
             return parse_keys(files.token_keys, str(google.keys))
-        for source in self._sources():  # the one that has them already, if there is one
+        for (
+            source
+        ) in self.token_sources().values():  # the one that has them already, if there is one
             if source.origin == (google.keys_url, google.tls):
                 return source
         return FetchedKeys(google.keys_url, google.tls)
 
-    def _sources(self) -> list[FetchedKeys]:
-        found = (tenant.token_keys for tenant in self.tenants)
-        return list(dict.fromkeys(source for source in found if source is not None))
+    def token_sources(self) -> dict[str, FetchedKeys]:
+        """The keys for tokens that are fetched, by the names of their key stores."""
+        return {
+            tenant.store.name: tenant.token_keys
+            for tenant in self.tenants
+            if isinstance(tenant.token_keys, FetchedKeys)
+        }
 
     async def _refresh_token_keys(self) -> None:
-        await refresh_all(self._sources())
+        await refresh_all(self.token_sources().values())
 
     def _replay(self, keystore: str) -> Replay:
         """The replay window of a key store: the one that it has already, if it has one."""
@@ -464,10 +470,9 @@ class Runtime:
     def _unfetched(self) -> list[str]:
         """What is wrong with keys for tokens, also where those that are known go on."""
         return [
-            f"key store {tenant.store.name}: keys for tokens cannot be fetched:"
-            f" {tenant.token_keys.error}"
-            for tenant in self.tenants
-            if tenant.token_keys is not None and tenant.token_keys.error
+            f"key store {name}: keys for tokens cannot be fetched: {source.error}"
+            for name, source in self.token_sources().items()
+            if source.error
         ]
 
     def _can_serve_any(self) -> bool:

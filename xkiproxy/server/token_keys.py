@@ -2,8 +2,8 @@
 
 They are fetched again once they are out of date (the answer's Cache-Control says when that is), and
 at a token of a key that is not known, but then once a minute at most: whoever sends such tokens
-must not have the proxy send requests. While the server cannot be reached the keys that are known go on:
-that Google's server is away must not be an outage of ours.
+must not have the proxy send requests. While the server cannot be reached the keys that are known go
+on: that Google's server is away must not be an outage of ours.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import asyncio
 import logging
 import re
 import time
+from collections.abc import Iterable
 
 import aiohttp
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
@@ -155,7 +156,8 @@ def _is_same(one: RSAPublicKey, other: RSAPublicKey) -> bool:
     return one.public_numbers() == other.public_numbers()
 
 
-async def refresh_all(sources: list[FetchedKeys]) -> None:
-    """Fetch from all where that is due, side by side."""
-    if any(source.is_due(time.monotonic()) for source in sources):
-        await asyncio.gather(*(source.refresh() for source in sources))
+async def refresh_all(sources: Iterable[FetchedKeys]) -> None:
+    """Fetch from all where that is due, side by side; key stores may share one."""
+    now = time.monotonic()
+    due = {source for source in sources if source.is_due(now)}
+    await asyncio.gather(*(source.refresh() for source in due))
