@@ -224,16 +224,6 @@ def test_without_any_key_nothing_can_be_said_of_a_token() -> None:
     assert refusal([], by=by) == "missing"
 
 
-class CountingKeys(dict[str, Any]):
-    """Keys that count how many are asked for."""
-
-    asked = 0
-
-    def get(self, kid: str, /) -> Any:  # type: ignore[override]
-        self.asked += 1
-        return super().get(kid)
-
-
 def test_a_good_token_is_verified_once(monkeypatch: pytest.MonkeyPatch) -> None:
     by, token = verifier(), GOOGLE.sign(claims(NOW))
     first = by.verify(headers(token), NOW)
