@@ -32,7 +32,7 @@ from xkiproxy.kmi.metrics import KmiMetrics
 from xkiproxy.kmi.software import Keyring, SoftwareLane, create_keyring, new_master_key
 from xkiproxy.observability.audit import AuditLog, encode
 from xkiproxy.observability.metrics import Metrics
-from xkiproxy.protocols.base import SignedRequest
+from xkiproxy.protocols.base import Identity, SignedRequest
 from xkiproxy.protocols.xki import XkiProtocol, acs4
 
 _ROUNDS, _PER_ROUND = 9, 2000
@@ -98,8 +98,9 @@ async def _measure(folder: Path) -> dict[str, float]:
     sha256 = _request(acs4.SignatureAlgorithm.HMAC_SHA256)
     sm3 = _request(acs4.SignatureAlgorithm.HMAC_SM3)
     now = time.time()
+    identity = Identity(_CREDENTIAL.access_key_id, "", now)
     deadline = time.monotonic() + 3600
-    _, fields = protocol.open("encrypt", sha256.body)
+    _, fields = protocol.open("encrypt", sha256.body, identity)
     operation: Any = protocol.decode("encrypt", "k", fields)
     result = lane.execute(operation)
     assert isinstance(result, Encrypted)
@@ -110,7 +111,9 @@ async def _measure(folder: Path) -> dict[str, float]:
         "authenticate (SHA256)": lambda: protocol.authenticate(sha256, keys, now),
         "authenticate (SM3)": lambda: protocol.authenticate(sm3, keys, now),
         "replay window": lambda: store.replay.admit("id", str(next(nonces)), now + 900, now),
-        "decode": lambda: protocol.decode("encrypt", "k", protocol.open("encrypt", sha256.body)[1]),
+        "decode": lambda: protocol.decode(
+            "encrypt", "k", protocol.open("encrypt", sha256.body, identity)[1]
+        ),
         "perform": lambda: _drive(store.perform(operation, deadline, Trail())),
         "  of which the lane": lambda: lane.execute(operation),
         "encode": lambda: protocol.encode(operation, result, "id"),

@@ -41,7 +41,7 @@ from xkiproxy.kmi.metrics import KmiMetrics
 from xkiproxy.kmi.software import Keyring, SoftwareLane, create_keyring, new_master_key
 from xkiproxy.observability.audit import AuditLog
 from xkiproxy.observability.metrics import Metrics
-from xkiproxy.protocols.base import Protocol
+from xkiproxy.protocols.base import Identity, Protocol
 from xkiproxy.protocols.client import ClientDialect, Signer, call_path
 from xkiproxy.protocols.xki import XkiProtocol
 from xkiproxy.protocols.xki.client import XkiClient
@@ -61,6 +61,7 @@ _ALL = WARM_UP + 3 * COUNT
 
 _CREDENTIAL = Credential("XKIBENCHMARKACCESSKEY001", "a-secret-of-the-benchmark", "2026-01-01")
 _KEY = "a-key"
+_IDENTITY = Identity(_CREDENTIAL.access_key_id, "", 0.0)
 _REQUEST_ID = "0b6a3c1e-5e53-4c55-8f0a-3c1e5e534c55"
 _PLAINTEXT = bytes(range(32))
 _NEVER = float("inf")
@@ -180,7 +181,7 @@ class Bench:
 
     def operation(self) -> Encrypt:
         """What a request asks for."""
-        _, fields = self.protocol.open("encrypt", next(self.requests())[1].body)
+        _, fields = self.protocol.open("encrypt", next(self.requests())[1].body, _IDENTITY)
         operation = self.protocol.decode("encrypt", _KEY, fields)
         assert isinstance(operation, Encrypt)
         return operation
@@ -240,7 +241,7 @@ def _decode(bench: Bench) -> Step:
     protocol, requests = bench.protocol, bench.prepared()
 
     def step() -> None:
-        _, fields = protocol.open("encrypt", next(requests).body)
+        _, fields = protocol.open("encrypt", next(requests).body, _IDENTITY)
         protocol.decode("encrypt", _KEY, fields)
 
     return step
@@ -261,7 +262,7 @@ def _perform(bench: Bench) -> Step:
 def _audit(bench: Bench) -> Step:
     """The record of an exchange, from what is known of it to the file."""
     _, request = next(bench.requests())
-    caller, _ = bench.protocol.open("encrypt", request.body)
+    caller, _ = bench.protocol.open("encrypt", request.body, _IDENTITY)
 
     def step() -> None:
         exchange = Exchange(bench.tenant, "encrypt", _KEY, request, timing=None)

@@ -14,6 +14,7 @@ import schemathesis
 from botocore.auth import SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
+from google_cloud import SigningKey, claims, key_set, keystore_table
 from harness import AWS_ID, AWS_SECRET
 from hypothesis import HealthCheck, settings
 from schemathesis.specs.openapi.checks import (
@@ -39,6 +40,8 @@ CHECKS = (
 )
 xki = schemathesis.openapi.from_dict(json.loads((FOLDER / "xki.json").read_text()))
 xks = schemathesis.openapi.from_dict(json.loads((FOLDER / "xks.json").read_text()))
+ekm = schemathesis.openapi.from_dict(json.loads((FOLDER / "ekm.json").read_text()))
+GOOGLE = SigningKey("google-1")
 bounded = settings(
     max_examples=40,
     deadline=None,
@@ -61,6 +64,8 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
             '\n[[keystore]]\nname = "aws"\nprotocol = "xks"\npath_prefix = "/aws"\n'
             'kmi = ["local"]\ncredentials = "credentials/aws.toml"\n'
         )
+        file.write(keystore_table(keys="google.json"))
+    (made.directory / "google.json").write_text(key_set(GOOGLE))
     made.start()
     yield made
     made.stop()
@@ -95,6 +100,14 @@ class SigV4(requests.auth.AuthBase):
         return request
 
 
+class Token(requests.auth.AuthBase):
+    """A token as Google's."""
+
+    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        request.headers["Authorization"] = f"Bearer {GOOGLE.sign(claims())}"
+        return request
+
+
 def call(case: Any, running: Installation, prefix: str, auth: requests.auth.AuthBase) -> None:
     if "externalKeyId" in case.path_parameters and len(case.path_parameters["externalKeyId"]) < 3:
         # Of the keys that it thinks of none is there: some of the requests get one that is.
@@ -117,3 +130,9 @@ def test_xki(case: Any, running: Installation) -> None:
 @bounded
 def test_xks(case: Any, running: Installation) -> None:
     call(case, running, "aws", SigV4())
+
+
+@ekm.parametrize()
+@bounded
+def test_ekm(case: Any, running: Installation) -> None:
+    call(case, running, "gcp", Token())

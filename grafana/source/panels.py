@@ -60,7 +60,8 @@ KMI = f'{HERE},kmi=~"$kmi"'
 
 FAILED = (
     'code=~"ServiceUnavailable|Timeout|InternalServerError'
-    '|DependencyTimeoutException|InternalException"'
+    "|DependencyTimeoutException|InternalException"
+    '|UNAVAILABLE|DEADLINE_EXCEEDED|INTERNAL"'
 )
 """The codes of answers that are failures of ours, not of the client."""
 

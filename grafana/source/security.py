@@ -21,7 +21,7 @@ from grafana.source.panels import (
 )
 
 _FAILURES = "xkiproxy_auth_failures_total"
-_SIGNATURE = f'{STORE},reason!~"policy|replay|source_network"'
+_SIGNATURE = f'{STORE},reason!~"access_reason|policy|replay|source_network"'
 _DAY = 86400
 
 
@@ -51,9 +51,9 @@ def dashboard() -> Dashboard:
                 ),
                 number(
                     "Denied",
-                    "Requests a second denied by a policy or for their source network. Good: 0, "
+                    "Requests a second denied by a policy, their network or their reason. Good: 0, "
                     "or what you know.",
-                    rate(_FAILURES, where=f'{STORE},reason=~"policy|source_network"')
+                    rate(_FAILURES, where=f'{STORE},reason=~"access_reason|policy|source_network"')
                     + " or vector(0)",
                     "reqps",
                     steps=((None, GREEN), (0.1, YELLOW), (10, RED)),
@@ -87,8 +87,9 @@ def dashboard() -> Dashboard:
                     "Not authenticated, by reason",
                     "signature, body_hash: a wrong secret, or something on the way changes "
                     "requests. unknown_access_key: a revoked credential, or a stranger. stale: "
-                    "clocks differ. missing, malformed, scope, unsigned_header: not the cloud's "
-                    "client. Good: none, or a few of strangers.",
+                    "clocks differ. unknown_token_key: Google's keys were not fetched of late. "
+                    "missing, malformed, scope, unsigned_header: not the cloud's client. Good: "
+                    "none, or a few of strangers.",
                     {"{{reason}}": rate(_FAILURES, "reason", where=_SIGNATURE)},
                     "reqps",
                     stacked=True,
@@ -138,7 +139,7 @@ def dashboard() -> Dashboard:
                             _FAILURES,
                             "keystore",
                             "reason",
-                            where=f'{STORE},reason=~"policy|source_network"',
+                            where=f'{STORE},reason=~"access_reason|policy|source_network"',
                         )
                     },
                     "reqps",

@@ -17,6 +17,7 @@ from grafana_foundation_sdk.models.dashboard import Dashboard
 from grafana.source.__main__ import FOLDER, dashboards
 from grafana.source.panels import FAILED
 from xkiproxy.observability.metrics import Metrics
+from xkiproxy.protocols.ekm import errors as ekm
 from xkiproxy.protocols.xki import errors as xki
 from xkiproxy.protocols.xks import errors as xks
 
@@ -100,7 +101,7 @@ def test_every_metric_that_is_asked_for_exists_and_every_other_is_shown() -> Non
 def test_failures_of_ours_are_those_of_the_protocols() -> None:
     codes = {
         code
-        for table in (xki.codes(), xks.codes())
+        for table in (xki.codes(), xks.codes(), ekm.codes())
         for status, found in table.items()
         for code in found
         if status >= 500 and status != TOO_LARGE
@@ -114,7 +115,7 @@ def test_failures_of_ours_are_those_of_the_protocols() -> None:
 def test_what_was_not_authenticated_or_over_a_quota_is_no_refusal_of_a_key() -> None:
     left_out = {
         code
-        for table in (xki.codes(), xks.codes())
+        for table in (xki.codes(), xks.codes(), ekm.codes())
         for status in (401, 429)
         for code in table.get(status, ())
     }

@@ -57,7 +57,7 @@ async def test_nor_one_that_a_key_store_has_no_other_than(
     monkeypatch.setattr("xkiproxy.server.runtime._LONGEST_WAIT_SECONDS", 0.3)
     made = await asyncio.to_thread(Installation, tmp_path / "proxy")
     runtime = Runtime(load_config(made.config))
-    without = SimpleNamespace(store=SimpleNamespace(kmis=[HungKmi()]))
+    without = SimpleNamespace(store=SimpleNamespace(kmis=[HungKmi()]), token_keys=None)
     runtime.tenants.append(without)  # type: ignore[arg-type]
     runtime.kmis["hung"] = HungKmi()  # type: ignore[assignment]
     try:

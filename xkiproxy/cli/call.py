@@ -394,6 +394,12 @@ def _protocol(options: Options, config: Config | None) -> str:
     if config is None:
         return options.protocol or DEFAULT_PROTOCOL
     store = pick_keystore(config, options.keystore)
+    if store.credentials is None:
+        raise CommandError(
+            f"key store {store.name} speaks {store.protocol}: only the cloud can make its tokens,"
+            " so that this command cannot call it. Try it with curl and a token"
+            f" (docs/protocols/{store.protocol}.md), and see: xkiproxy kms-config"
+        )
     if options.protocol not in {"", store.protocol}:
         raise typer.BadParameter(
             f"key store {store.name} speaks {store.protocol}", param_hint="--protocol"

@@ -102,7 +102,8 @@ def _certificate(settings: Config) -> Iterator[str]:
     days = (certificate.not_valid_after_utc - datetime.now(UTC)).days
     if 0 <= days < _SOON_DAYS:
         yield f"{file}: expires within {days + 1} days: renew it"
-    wary = [s.name for s in settings.keystore if not CONSOLES[s.protocol].pins_certificate]
+    consoles = [(s.name, CONSOLES[s.protocol]) for s in settings.keystore if s.credentials]
+    wary = [name for name, console in consoles if not console.pins_certificate]
     if not wary:
         return
     if certificate.issuer == certificate.subject:
@@ -119,6 +120,8 @@ def _certificate(settings: Config) -> Iterator[str]:
 
 def _credentials(settings: Config) -> Iterator[str]:
     for store in settings.keystore:
+        if store.credentials is None:
+            continue
         try:
             credentials = load_credentials(store.credentials)
         except (CredentialError, SecretError):
@@ -154,6 +157,10 @@ async def _open_all(settings: Config, remarks: list[str]) -> None:
     try:
         await runtime.start()
         problems = [Problem("kmi", text) for text in await _kmi_problems(runtime)]
+        sources = runtime.token_sources()
+        for i, store in enumerate(settings.keystore):
+            if store.name in sources and (error := sources[store.name].error):
+                problems.append(Problem(f"keystore[{i}].google", error))
         if runtime.untimely:
             problems.append(Problem("server.tls", runtime.untimely))
         for i, (store, tenant) in enumerate(zip(settings.keystore, runtime.tenants, strict=True)):
@@ -175,7 +182,7 @@ async def _kmi_problems(runtime: Runtime) -> list[str]:
     from xkiproxy.kmi.base import KmiState  # noqa: PLC0415
 
     failures = {kmi.name: await kmi.first_failures() for kmi in runtime.kmis.values()}
-    problems = runtime.problems()
+    problems = runtime.kmi_problems()
     for kmi in runtime.kmis.values():
         known = list(failures[kmi.name])
         if kmi.state is KmiState.DEGRADED and kmi.error not in known:

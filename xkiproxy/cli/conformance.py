@@ -29,7 +29,7 @@ from xkiproxy.cli.common import (
     print_json,
     print_table,
 )
-from xkiproxy.cli.credentials import KeystoreOption, pick_keystore
+from xkiproxy.cli.credentials import KeystoreOption, credentials_source, pick_keystore
 from xkiproxy.cli.fingerprint import fingerprints, load_certificates
 from xkiproxy.cli.http import Endpoint, listening_endpoint, parse_endpoint
 from xkiproxy.config import load_config
@@ -161,12 +161,13 @@ class _Store:
 def _configured(file: Path, keystore: str) -> _Store:
     settings = load_config(file)
     store = pick_keystore(settings, keystore)
+    access_keys = credentials_source(store)
     tls = settings.server.tls
     url = f"{listening_endpoint(settings)}{store.path_prefix}{_WIRES[store.protocol].base}"
     pin = ""
     if tls is not None:
         pin = fingerprints(load_certificates(tls.certificate)[0])["certificate_sha256"]
-    return _Store(url, _loaded(store.credentials), pin)
+    return _Store(url, _loaded(access_keys), pin)
 
 
 def _credentials(

@@ -20,6 +20,7 @@ from xkiproxy.cli.common import (
 )
 from xkiproxy.config import Config, load_config
 from xkiproxy.config.models import KeystoreSettings
+from xkiproxy.config.secrets import SecretSource
 from xkiproxy.keystores.credentials import Credential, load_credentials
 from xkiproxy.keystores.credentials_file import changing_credentials
 from xkiproxy.keystores.last_use import last_use_path, read_last_use
@@ -61,6 +62,16 @@ def pick_keystore(config: Config, name: str) -> KeystoreSettings:
     raise CommandError(f"there is no key store {name!r}; there are: {names}")
 
 
+def credentials_source(store: KeystoreSettings) -> SecretSource:
+    """Where the credentials of a key store are; raises CommandError if it has none."""
+    if store.credentials is None:
+        raise CommandError(
+            f"key store {store.name} has no credentials: over {store.protocol} the cloud proves"
+            f" itself by its own tokens. See: xkiproxy kms-config --keystore {store.name}"
+        )
+    return store.credentials
+
+
 @app.command("add")
 def add_command(
     keystore: KeystoreOption = "",
@@ -72,8 +83,9 @@ def add_command(
     Example: xkiproxy credentials add --keystore demo
     """
     store = pick_keystore(load_config(config), keystore)
+    file = _file(store)
     credential = new_credential(store.protocol)
-    with changing_credentials(_file(store)) as credentials:
+    with changing_credentials(file) as credentials:
         credentials.append(credential)
     fields = {
         "keystore": store.name,
@@ -102,7 +114,7 @@ def list_command(
     """
     settings = load_config(config)
     store = pick_keystore(settings, keystore)
-    credentials = load_credentials(store.credentials)
+    credentials = load_credentials(credentials_source(store))
     used = read_last_use(last_use_path(settings.catalog.path)).get(store.name, {})
     rows = [(c.access_key_id, c.created, _time(used.get(c.access_key_id))) for c in credentials]
     if as_json:
@@ -152,12 +164,13 @@ def revoke_command(
 
 
 def _file(store: KeystoreSettings) -> Path:
-    if store.credentials.file is None:
+    source = credentials_source(store)
+    if source.file is None:
         raise CommandError(
-            f"the credentials of key store {store.name} come from {store.credentials}:"
+            f"the credentials of key store {store.name} come from {source}:"
             " change them where that is set; this command changes files only"
         )
-    return store.credentials.file
+    return source.file
 
 
 def _print_when() -> None:

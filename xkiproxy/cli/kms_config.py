@@ -23,16 +23,16 @@ from xkiproxy.cli.common import (
     print_fields,
     print_json,
 )
-from xkiproxy.cli.credentials import KeystoreOption, pick_keystore
+from xkiproxy.cli.credentials import KeystoreOption, credentials_source, pick_keystore
 from xkiproxy.cli.fingerprint import configured_certificate, fingerprints, load_certificates
 from xkiproxy.cli.reload import read_status, resolved, status_url
 from xkiproxy.config import Config, load_config
-from xkiproxy.config.models import KeystoreSettings
+from xkiproxy.config.models import GoogleSettings, KeystoreSettings
 from xkiproxy.config.secrets import write_secret_file
 from xkiproxy.keystores.credentials import Credential, load_credentials
 from xkiproxy.keystores.credentials_file import newest
-from xkiproxy.protocols.console import Console, Registration
-from xkiproxy.protocols.registry import CLIENTS, CONSOLES
+from xkiproxy.protocols.console import Console, Registration, TokenRegistration
+from xkiproxy.protocols.registry import CLIENTS, CONSOLES, TOKEN_CONSOLES
 
 _STATUS_SECONDS = 2
 
@@ -54,10 +54,18 @@ def kms_config(
 ) -> None:
     """Print the values to enter in the KMS console, the secret among them.
 
+    For Google Cloud, whose tokens need no secret of the proxy, it prints the commands instead.
+
     Example: xkiproxy kms-config --output kms.json
     """
     settings = load_config(config)
     store = pick_keystore(settings, keystore)
+    if store.google is not None:
+        if access_key_id or output is not None:
+            what = "--access-key-id" if access_key_id else "--output"
+            raise typer.BadParameter(f"{store.protocol} has no credentials", param_hint=what)
+        _print_commands(store, store.google, as_json)
+        return
     credential = pick_credential(store, access_key_id)
     console = CONSOLES[store.protocol]
     values = Registration(
@@ -90,6 +98,25 @@ def kms_config(
         out.print(f"  {call_line(settings, store, config)}", markup=False)
 
 
+def _print_commands(store: KeystoreSettings, google: GoogleSettings, as_json: bool) -> None:
+    console = TOKEN_CONSOLES[store.protocol]
+    values = TokenRegistration(
+        google.audience, store.path_prefix, "EXTERNAL_KEY", google.service_accounts
+    )
+    if as_json:
+        print_json(console.shown(values))
+        return
+    print_fields(console.shown(values))
+    out.print(
+        "\nEXTERNAL_KEY is the key's ID here (xkiproxy keys list); what else is in capitals is"
+        " Google's."
+    )
+    for what, lines in console.commands(values):
+        out.print(f"\n{what}", markup=False)
+        for line in lines:
+            out.print(f"  {line}", markup=False)
+
+
 def _is_unknown(config: Config, store: KeystoreSettings, credential: Credential) -> bool:
     """Whether a server runs that would refuse the credential; what does not answer is none."""
     try:
@@ -116,7 +143,7 @@ def external_proxy_path(store: KeystoreSettings) -> str:
 
 def pick_credential(store: KeystoreSettings, access_key_id: str) -> Credential:
     """The credential of this ID, or the newest if that is empty; raises CommandError."""
-    credentials = load_credentials(store.credentials)
+    credentials = load_credentials(credentials_source(store))
     if access_key_id:
         credentials = [c for c in credentials if c.access_key_id == access_key_id]
     credential = newest(credentials)

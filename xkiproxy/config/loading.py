@@ -184,6 +184,7 @@ def _check_ties(document: dict[str, Any]) -> Iterator[Problem]:
     yield from _repeated("keystore", "path_prefix", paths)
     yield from _check_lanes(document)
     yield from _check_stdout(document)
+    yield from _check_bearers(document)
     for index, store in enumerate(stores):
         names = store.get("kmi")
         for position, name in enumerate(names if isinstance(names, list) else ()):
@@ -213,6 +214,16 @@ def _check_stdout(document: dict[str, Any]) -> Iterator[Problem]:
         if sink.get("type") == "stdout":
             what = "is one stream, but each worker has a chain of its own: use workers = 1"
             yield Problem(f"audit.sink[{index}]", f"standard output {what}, or syslog")
+
+
+def _check_bearers(document: dict[str, Any]) -> Iterator[Problem]:
+    server = document.get("server")
+    if not isinstance(server, dict) or not server.get("plaintext"):
+        return
+    for index, store in enumerate(_tables(document, "keystore")):
+        if store.get("protocol") == "ekm":
+            what = "needs [server.tls]: a request carries a token, which is good for whoever reads"
+            yield Problem(f"keystore[{index}].protocol", f"ekm {what} it")
 
 
 def _tables(document: dict[str, Any], name: str) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from pydantic import (
     ConfigDict,
     Field,
     SerializeAsAny,
+    ValidationInfo,
     WithJsonSchema,
     field_validator,
     model_validator,
@@ -607,7 +608,7 @@ KMI_SETTINGS: dict[str, type[KmiSettings]] = {
 """The section model of each KMI type."""
 
 _PATH_PREFIX = re.compile(r"(/[A-Za-z0-9_-]+)*")
-_PROTOCOL_PATH = re.compile(r"/kms/xk[is]/v1$")
+_PROTOCOL_PATH = re.compile(r"/kms/(xk[is]/v1|ekm/v0)$")
 
 
 def _path_prefix(value: str) -> str:
@@ -637,6 +638,12 @@ KeyPattern = Annotated[
 def _not_without_keys(value: tuple[str, ...] | None) -> tuple[str, ...] | None:
     if value == ():
         raise ValueError("admits no key; leave it out to admit all")
+    return value
+
+
+def _not_without_reasons(value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    if value == ():
+        raise ValueError("admits no reason; leave it out to admit all")
     return value
 
 
@@ -676,21 +683,105 @@ class QuotaSettings(Section):
     """Of the requests of each principal."""
 
 
+_SERVICE_ACCOUNT = re.compile(r"[A-Za-z0-9._-]+@[A-Za-z0-9.-]+")
+_AUDIENCE = re.compile(r"https://[A-Za-z0-9.-]+")
+_GOOGLE_KEYS = "https://www.googleapis.com/oauth2/v3/certs"
+_KEYS_URL = re.compile(r"https://(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+)(:[0-9]{1,5})?(/[!-~]*)")
+
+
+def _service_account(value: str) -> str:
+    if not _SERVICE_ACCOUNT.fullmatch(value):
+        raise ValueError('write it as "service-123456789012@gcp-sa-ekms.iam.gserviceaccount.com"')
+    return value
+
+
+def _audience(value: str) -> str:
+    if not _AUDIENCE.fullmatch(value):
+        raise ValueError('write it as "https://proxy.example.com": the host of the key URIs')
+    return value
+
+
+def _keys_url(value: str) -> str:
+    if not _KEYS_URL.fullmatch(value):
+        raise ValueError(f'write it as "{_GOOGLE_KEYS}"')
+    return value
+
+
+class GoogleSettings(Section):
+    """How Google's tokens are verified: `ekm` has these in place of credentials."""
+
+    service_accounts: Annotated[
+        tuple[
+            Annotated[
+                str,
+                AfterValidator(_service_account),
+                WithJsonSchema({"type": "string", "format": "e-mail address"}),
+            ],
+            ...,
+        ],
+        Field(min_length=1),
+    ]
+    """Who may ask: `service-<project number>@gcp-sa-ekms.iam.gserviceaccount.com`, the Cloud EKM
+    service agent of each project.
+    """
+
+    audience: Annotated[
+        str,
+        AfterValidator(_audience),
+        WithJsonSchema({"type": "string", "format": "https:// and a host"}),
+    ]
+    """For whom tokens are made out: `https://` and the host of the key URIs."""
+
+    keys: ConfigPath | None = None
+    """A JWK Set with Google's public keys, for a proxy that cannot fetch them. It is read at the
+    start and at a reload; Google changes its keys within days. Without it they are fetched.
+    """
+
+    keys_url: Annotated[
+        str,
+        AfterValidator(_keys_url),
+        WithJsonSchema({"type": "string", "format": "URL"}),
+    ] = _GOOGLE_KEYS
+    """Where Google's public keys are fetched."""
+
+    tls: ClientTlsSettings = ClientTlsSettings()
+    """How the server of `keys_url` proves who it is."""
+
+    allowed_reasons: Annotated[
+        tuple[Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9_]*$")], ...] | None,
+        AfterValidator(_not_without_reasons),
+    ] = None
+    """Only these Key Access Justifications may ask ([protocols/ekm.md](protocols/ekm.md)):
+    `["CUSTOMER_INITIATED_ACCESS", "GOOGLE_INITIATED_SYSTEM_OPERATION"]`; others get a 403. Without
+    it all may.
+    """
+
+    @model_validator(mode="after")
+    def _one_source_of_keys(self) -> Self:
+        if self.keys is not None and self.model_fields_set & {"keys_url", "tls"}:
+            raise ValueError("keys goes without keys_url and tls: keys are read or fetched")
+        if self.tls.server_name:
+            raise ValueError("tls.server_name is not possible here: use the certificate's name")
+        return self
+
+
 class KeystoreSettings(Section):
     """One tenant: a path prefix, a protocol, credentials and the KMIs that hold its keys."""
 
     name: Name
     """Lower-case letters, digits, `-`, `_`; it stands in metrics, logs and commands."""
 
-    protocol: Literal["xki", "xks"]
-    """`xki` (Alibaba Cloud), `xks` (AWS)."""
+    protocol: Literal["xki", "xks", "ekm"]
+    """`xki` (Alibaba Cloud), `xks` (AWS), `ekm` (Google Cloud)."""
 
     path_prefix: Annotated[
         str,
         AfterValidator(_path_prefix),
         WithJsonSchema({"type": "string", "pattern": _PATH_PREFIX.pattern, "maxLength": 100}),
     ]
-    """`/name`, or `""`; what the cloud is told is this and `/kms/xki/v1` or `/kms/xks/v1`."""
+    """`/name`, or `""`; what the cloud is told is this and `/kms/xki/v1`, `/kms/xks/v1` or
+    `/kms/ekm/v0`.
+    """
 
     kmi: Annotated[tuple[Name, ...], Field(min_length=1)]
     """The KMIs that hold its keys, in order of preference: the next takes over when one is away
@@ -708,10 +799,13 @@ class KeystoreSettings(Section):
     hosts that get one configuration. It holds from the next reload on.
     """
 
-    credentials: SecretSource
-    """A TOML list of `[[credential]]` with `access_key_id`, `access_key_secret`, `created`; all
-    work at once.
+    credentials: SecretSource | None = Field(default=None, validate_default=True)
+    """`xki` and `xks`, which need it: a TOML list of `[[credential]]` with `access_key_id`,
+    `access_key_secret`, `created`; all work at once.
     """
+
+    google: GoogleSettings | None = Field(default=None, validate_default=True)
+    """`ekm`, which needs it: how Google's tokens are verified (below)."""
 
     ciphertext_format: CiphertextFormat = CiphertextFormat.ENVELOPE
     """`raw` to read what another proxy wrote with the same key; its keys cannot be rotated."""
@@ -739,6 +833,30 @@ class KeystoreSettings(Section):
         tuple[Annotated[Network, BeforeValidator(_network)], ...] | None, AfterValidator(_not_empty)
     ] = None
     """Only clients from there are served: `["203.0.113.0/24", "2001:db8::/32"]`."""
+
+    @field_validator("credentials")
+    @classmethod
+    def _secret_in_common(
+        cls, value: SecretSource | None, info: ValidationInfo
+    ) -> SecretSource | None:
+        protocol = info.data.get("protocol")  # a wrong one is said where it stands
+        if protocol in {"xki", "xks"} and value is None:
+            raise ValueError("is missing: the cloud signs its requests with a credential of it")
+        if protocol == "ekm" and value is not None:
+            raise ValueError("is not for ekm: Google signs with keys of its own; remove it")
+        return value
+
+    @field_validator("google")
+    @classmethod
+    def _tokens_of_google(
+        cls, value: GoogleSettings | None, info: ValidationInfo
+    ) -> GoogleSettings | None:
+        protocol = info.data.get("protocol")
+        if protocol == "ekm" and value is None:
+            raise ValueError("is missing: say whose tokens are good, in [keystore.google]")
+        if protocol in {"xki", "xks"} and value is not None:
+            raise ValueError(f"is not for {protocol}, which has credentials; remove it")
+        return value
 
     @model_validator(mode="after")
     def _hedge_to_another(self) -> Self:

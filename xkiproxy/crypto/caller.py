@@ -18,3 +18,4 @@ class Caller:
     source_ip: str = ""
     via_service: str = ""
     source_vpc_endpoint: str = ""
+    access_reason: str = ""

@@ -46,6 +46,7 @@ _SAID = {
     "source_vpc_endpoint": "caller.source_vpc_endpoint",
     "source_ip": "caller.source_ip",
     "via_service": "caller.via_service",
+    "access_reason": "caller.access_reason",
 }
 """Attributes of the context that the cloud says, with their places in a `Trail`."""
 

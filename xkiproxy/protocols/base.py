@@ -1,8 +1,8 @@
 """What every protocol offers the gateway, and what it is given.
 
 A protocol turns (path, headers, bytes) into an `Action` and a `Result` into bytes. It names its
-errors in its own words. All protocols share the shape of a path:
-`{prefix}{base_path}/{call}` and `{prefix}{base_path}/keys/{key id}/{call}`.
+errors in its own words. All protocols share the shape of a path: `{prefix}{base_path}/{call}`, and
+with a key `{prefix}{base_path}/keys/{key id}/{call}` or `{prefix}{base_path}/keys/{key id}:{call}`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ class Trouble(Enum):
 
 Reason = Literal[
     "missing", "malformed", "date", "stale", "scope", "unsigned_header", "unknown_access_key",
-    "signature", "body_hash", "replay", "source_network", "policy",
+    "signature", "body_hash", "replay", "source_network", "policy", "unknown_token_key",
+    "access_reason",
 ]  # fmt: skip
 """Why a request was not authenticated, or denied."""
 
@@ -124,13 +125,15 @@ class Protocol(Interface):
     """The last part of a path without a key."""
     key_calls: frozenset[str]
     """The last part of a path with a key."""
+    key_methods: frozenset[str]
+    """What stands after a key and a colon (custom methods, Google's AIP-136)."""
 
     def authenticate(self, request: SignedRequest, keys: SigningKeys, now: float) -> Identity:
-        """Verify a signature; `now` in seconds since the epoch. Raises Refusal."""
+        """Verify a signature; `now` in seconds since the epoch. Raises Refusal, OperationError."""
         ...
 
-    def open(self, call: str, body: bytes) -> tuple[Caller, Fields]:
-        """Parse a request body as far as its metadata. Raises Refusal."""
+    def open(self, call: str, body: bytes, identity: Identity) -> tuple[Caller, Fields]:
+        """Parse a request body as far as its metadata; `identity` has signed it. Raises Refusal."""
         ...
 
     def decode(self, call: str, key_id: str, fields: Fields) -> Action:

@@ -5,7 +5,7 @@ Pure but for the random bits of a new credential.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from typing import Protocol as Interface
@@ -23,6 +23,31 @@ class Registration:
     access_key_id: str
     secret: str = field(repr=False)
     fingerprint: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRegistration:
+    """The values with which a cloud that sends tokens finds a key; nothing of it is secret.
+
+    `prefix` is that of the key store's paths.
+    """
+
+    audience: str
+    prefix: str
+    key_id: str
+    service_accounts: Sequence[str]
+
+
+class TokenConsole(Interface):
+    """The console of a cloud that proves itself by tokens."""
+
+    def shown(self, values: TokenRegistration) -> Mapping[str, str]:
+        """The values under the names that the cloud has for them."""
+        ...
+
+    def commands(self, values: TokenRegistration) -> Sequence[tuple[str, Sequence[str]]]:
+        """What to do there: what for, and the lines of a shell."""
+        ...
 
 
 class Console(Interface):

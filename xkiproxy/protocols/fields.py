@@ -209,7 +209,6 @@ class Texts:
 
 
 _ONLY_TEXTS = frozenset({str})
-_NO_TEXTS = [""] * len(dataclass_fields(Caller))
 _BASE64_PATTERN = "^([A-Za-z0-9+/]{4})*([A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?$"
 
 
@@ -245,9 +244,12 @@ def caller_reader(names: Mapping[str, str]) -> Callable[[Fields], Caller | None]
     by_attribute = {attribute: name for name, attribute in names.items()}
     # An attribute that a protocol does not have is looked up by a key that no JSON object has.
     keys = [by_attribute.get(attribute.name, 0) for attribute in dataclass_fields(Caller)]
+    while keys[-1] == 0:
+        keys.pop()
+    no_texts = [""] * len(keys)
 
     def read(metadata: Mapping[Any, Any]) -> Caller | None:
-        texts = list(map(metadata.get, keys, _NO_TEXTS))
+        texts = list(map(metadata.get, keys, no_texts))
         return Caller(*texts) if _ONLY_TEXTS.issuperset(map(type, texts)) else None
 
     return read

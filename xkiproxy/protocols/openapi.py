@@ -15,6 +15,9 @@ from typing import Any
 import orjson
 
 from xkiproxy import __version__
+from xkiproxy.protocols.ekm import EkmProtocol
+from xkiproxy.protocols.ekm import errors as ekm_errors
+from xkiproxy.protocols.ekm import messages as ekm_messages
 from xkiproxy.protocols.fields import Field, object_schema
 from xkiproxy.protocols.xki import XkiProtocol
 from xkiproxy.protocols.xki import errors as xki_errors
@@ -42,6 +45,7 @@ class Description:
     base_path: str
     calls: frozenset[str]
     key_calls: frozenset[str]
+    key_methods: frozenset[str]
     request_fields: Callable[[str], tuple[Field, ...]]
     answer_fields: Callable[[str], tuple[Field, ...]]
     error_fields: tuple[Field, ...]
@@ -57,6 +61,7 @@ DESCRIPTIONS = {
         XkiProtocol.base_path,
         XkiProtocol.calls,
         XkiProtocol.key_calls,
+        XkiProtocol.key_methods,
         xki_messages.request_fields,
         xki_messages.answer_fields,
         xki_messages.ERROR,
@@ -69,10 +74,24 @@ DESCRIPTIONS = {
         XksProtocol.base_path,
         XksProtocol.calls,
         XksProtocol.key_calls,
+        XksProtocol.key_methods,
         xks_messages.request_fields,
         xks_messages.answer_fields,
         xks_messages.ERROR,
         xks_errors.codes(),
+    ),
+    EkmProtocol.name: Description(
+        "EKM v0",
+        "Google's Cloud External Key Manager, as xkiproxy serves it: protocols/ekm.md.",
+        "Bearer, and an ID token (RS256) of the Cloud EKM service agent.",
+        EkmProtocol.base_path,
+        EkmProtocol.calls,
+        EkmProtocol.key_calls,
+        EkmProtocol.key_methods - ekm_messages.OTHER_METHODS,
+        ekm_messages.request_fields,
+        ekm_messages.answer_fields,
+        ekm_messages.ERROR,
+        ekm_errors.codes(),
     ),
 }
 
@@ -83,6 +102,8 @@ def document(description: Description) -> dict[str, Any]:
     paths = {f"{base}/{call}": _path(description, call, []) for call in description.calls}
     for call in description.key_calls:
         paths[f"{base}/keys/{{externalKeyId}}/{call}"] = _path(description, call, [_KEY_ID])
+    for call in description.key_methods:
+        paths[f"{base}/keys/{{externalKeyId}}:{call}"] = _path(description, call, [_KEY_ID])
     return {
         "openapi": "3.1.0",
         "info": {

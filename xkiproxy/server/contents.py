@@ -36,7 +36,10 @@ class _Read(BaseModel):
 class StoreFiles(_Read):
     """The files of a key store."""
 
-    credentials: str = Field(repr=False)
+    credentials: str | None = Field(repr=False)
+    """None where the protocol has none."""
+    token_keys: str | None = None
+    """The public keys of who signs tokens; None where they are fetched, or there are no tokens."""
     policies: dict[str, str] | None
     """The text of each policy file by its name; None where there are no policies."""
 
@@ -109,22 +112,36 @@ def read_contents(config: Config) -> Contents:
     for settings in config.keystore:
         try:
             stores[settings.name] = _read_store(settings)
-        except (PolicyError, SecretError) as error:
+        except (ContentsError, PolicyError, SecretError) as error:
             errors[settings.name] = str(error)
     return Contents(tls=tls, stores=stores, errors=errors)
 
 
 def _read_store(settings: KeystoreSettings) -> StoreFiles:
-    file = settings.credentials.file
+    source = settings.credentials
+    file = None if source is None else source.file
     if file is not None and _is_missing(file):
         raise SecretError(
             f"{file}: there is no such file; make it, with a credential, by:"
             f" xkiproxy credentials add --keystore {settings.name}"
         )
     return StoreFiles(
-        credentials=settings.credentials.read(),
+        credentials=None if source is None else source.read(),
+        token_keys=_read_token_keys(settings),
         policies=None if settings.policies is None else read_policies(settings.policies),
     )
+
+
+def _read_token_keys(settings: KeystoreSettings) -> str | None:
+    if settings.google is None or settings.google.keys is None:
+        return None
+    file = settings.google.keys
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ContentsError(f"{file}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ContentsError(f"{file}: is not UTF-8 text") from None
 
 
 def _is_missing(file: Path) -> bool:

@@ -25,6 +25,7 @@ from xkiproxy.observability.series import Count, Distribution
 from xkiproxy.observability.timing import Timing
 from xkiproxy.observability.tracing import Period, Tracer
 from xkiproxy.protocols.base import Protocol, Refusal, Trouble
+from xkiproxy.protocols.ekm.tokens import PublicKeys
 from xkiproxy.server.condition import Condition
 from xkiproxy.server.http import Answer, PlainAnswer, Request
 from xkiproxy.server.networks import Networks
@@ -54,10 +55,15 @@ class Tenant:
         store: KeyStore,
         networks: Networks | None = None,
         last_used: dict[str, float] | None = None,
+        token_keys: PublicKeys | None = None,
     ) -> None:
-        """`last_used` is told when an access key is used, in seconds since the epoch."""
+        """`last_used` is told when an access key is used, in seconds since the epoch.
+
+        `token_keys` are what verifies tokens, if it has such: for who keeps them fresh.
+        """
         self.networks = networks
         self.last_used = {} if last_used is None else last_used
+        self.token_keys = token_keys
         self.base = path_prefix + protocol.base_path
         self.protocol = protocol
         self.store = store
@@ -115,6 +121,7 @@ class Gateway:
         self.in_flight = 0
         self.clock = time.monotonic
         self._tenants: dict[str, Tenant] = {}
+        self._with_methods: dict[str, Tenant] = {}
         self.serve(tenants)
         self._audit = audit
         self._condition = condition
@@ -129,6 +136,11 @@ class Gateway:
     def serve(self, tenants: Iterable[Tenant]) -> None:
         """Serve these key stores from the next request on, in place of those before."""
         self._tenants = {tenant.base: tenant for tenant in tenants}
+        self._with_methods = {
+            f"{base}/keys": tenant
+            for base, tenant in self._tenants.items()
+            if tenant.protocol.key_methods
+        }
 
     async def handle(self, request: Request) -> Answer:
         """Answer one request; never raises. The answer is to be committed before it leaves."""
@@ -207,6 +219,15 @@ class Gateway:
         head, _, keys = head.rpartition("/")
         tenant = self._tenants.get(head)
         if tenant is None or keys != "keys" or call not in tenant.protocol.key_calls:
+            return self._route_method(path)
+        return tenant, call, key_segment
+
+    def _route_method(self, path: str) -> tuple[Tenant | None, str, str]:
+        """The same for a path that ends in `{key}:{call}`."""
+        head, _, last = path.rpartition("/")
+        key_segment, _, call = last.rpartition(":")
+        tenant = self._with_methods.get(head)
+        if tenant is None or not key_segment or call not in tenant.protocol.key_methods:
             return None, "", ""
         return tenant, call, key_segment
 
@@ -237,7 +258,7 @@ class Gateway:
         if timing is not None:
             timing.mark()
 
-        exchange.caller, fields = protocol.open(exchange.call, request.body)
+        exchange.caller, fields = protocol.open(exchange.call, request.body, identity)
         action = protocol.decode(exchange.call, exchange.key_segment, fields)
         if timing is not None:
             timing.mark()
@@ -342,6 +363,8 @@ def _encode_record(exchange: Exchange) -> bytes:
     }
     if caller.source_vpc_endpoint:
         record["source_vpc_endpoint"] = caller.source_vpc_endpoint
+    if caller.access_reason:
+        record["access_reason"] = caller.access_reason
     if exchange.reason:
         record["reason"] = exchange.reason
     if exchange.details:

@@ -113,6 +113,8 @@ def describe(
             yield f"the settings of key store {store.name} have changed"
         if _policies(known) != _policies(tenant):
             yield f"key store {store.name} has other policies"
+        if known.token_keys != tenant.token_keys:
+            yield f"key store {store.name} has other keys for tokens"
         yield from _describe_credentials(known, tenant)
 
 

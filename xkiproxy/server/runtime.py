@@ -69,6 +69,7 @@ from xkiproxy.observability.metrics import FailoverMetrics, Metrics
 from xkiproxy.observability.series import Distribution
 from xkiproxy.observability.tracing import Tracer, TracingError, TracingOptions, open_tracer
 from xkiproxy.protocols.base import REASONS
+from xkiproxy.protocols.ekm.tokens import KeySetError, PublicKeys, parse_keys
 from xkiproxy.protocols.registry import PROTOCOLS
 from xkiproxy.server.condition import Condition
 from xkiproxy.server.contents import Contents, ContentsError, StoreFiles, read_contents
@@ -84,6 +85,7 @@ from xkiproxy.server.reload import (
 )
 from xkiproxy.server.strangers import Strangers
 from xkiproxy.server.tls import server_context
+from xkiproxy.server.token_keys import FetchedKeys, refresh_all
 
 _log = logging.getLogger(__name__)
 _Part = TypeVar("_Part")
@@ -92,6 +94,8 @@ _REFRESH_SECONDS = 0.25
 _AUDIT_SECONDS = 1.0
 _CHECK_SECONDS = 30.0
 _COUNTS_SECONDS = 60.0
+_TOKEN_KEYS_SECONDS = 1.0
+"""So often it is asked whether keys for tokens are to be fetched."""
 _PURGE_SECONDS = 60.0
 _PATIENCE_SECONDS = 1.0
 """So often a start looks whether it has to wait for those KMIs that still hang."""
@@ -107,7 +111,7 @@ _OURS = (Fault.UNAVAILABLE, Fault.DEADLINE_EXCEEDED, Fault.INTERNAL)
 """What counts against the objective of availability."""
 
 _MISTAKES = (
-    CatalogError, ContentsError, CredentialError, EncryptionsError, KeyManagerError,
+    CatalogError, ContentsError, CredentialError, EncryptionsError, KeyManagerError, KeySetError,
     OperationError, OSError, PolicyError, SecretError, TlsError, TracingError,
 )  # fmt: skip
 
@@ -215,7 +219,12 @@ class Runtime:
 
     def _open_tenant(self, settings: KeystoreSettings, contents: Contents) -> Tenant:
         files = contents.of_store(settings.name)
-        credentials = parse_credentials(files.credentials, str(settings.credentials))
+        credentials = (
+            []
+            if files.credentials is None
+            else parse_credentials(files.credentials, str(settings.credentials))
+        )
+        token_keys = self._token_keys(settings, files)
         store = KeyStore(
             settings.name,
             self.catalog,
@@ -231,14 +240,41 @@ class Runtime:
             keys=None if settings.keys is None else KeyPatterns(settings.keys),
             disabled=KeyPatterns(settings.disabled_keys) if settings.disabled_keys else None,
         )
-        protocol, networks = PROTOCOLS[settings.protocol](settings), settings.source_networks
+        protocol = PROTOCOLS[settings.protocol](settings, token_keys)
+        networks = settings.source_networks
         return Tenant(
             settings.path_prefix,
             protocol,
             store,
             None if networks is None else Networks(networks),
             self._last_use.of(settings.name),
+            token_keys if settings.google is not None else None,
         )
+
+    def _token_keys(self, settings: KeystoreSettings, files: StoreFiles) -> PublicKeys:
+        """What verifies the tokens of a key store; empty if it has none."""
+        google = settings.google
+        if google is None:
+            return {}
+        if files.token_keys is not None:
+            return parse_keys(files.token_keys, str(google.keys))
+        for (
+            source
+        ) in self.token_sources().values():  # the one that has them already, if there is one
+            if source.origin == (google.keys_url, google.tls):
+                return source
+        return FetchedKeys(google.keys_url, google.tls)
+
+    def token_sources(self) -> dict[str, FetchedKeys]:
+        """The keys for tokens that are fetched, by the names of their key stores."""
+        return {
+            tenant.store.name: tenant.token_keys
+            for tenant in self.tenants
+            if isinstance(tenant.token_keys, FetchedKeys)
+        }
+
+    async def _refresh_token_keys(self) -> None:
+        await refresh_all(self.token_sources().values())
 
     def _replay(self, keystore: str) -> Replay:
         """The replay window of a key store: the one that it has already, if it has one."""
@@ -287,6 +323,7 @@ class Runtime:
         for kmi in self.kmis.values():
             kmi.start()
         self._add_encryptions({})
+        await self._refresh_token_keys()
         self._first_check = asyncio.ensure_future(self.check_kmis())
         late = time.monotonic() + _LONGEST_WAIT_SECONDS
         while not self._first_check.done():
@@ -308,6 +345,7 @@ class Runtime:
             _every(_AUDIT_SECONDS, partial(self._check_audit, audit)),
             # Each by itself: one that is slow must not let what is known of the others grow old.
             *(_every(_CHECK_SECONDS, kmi.check) for kmi in self.kmis.values()),
+            _every(_TOKEN_KEYS_SECONDS, self._refresh_token_keys),
             _every(_COUNTS_SECONDS, lambda: asyncio.to_thread(self._write_last_use)),
             _every(_COUNTS_SECONDS, self._write_encryptions),
         ]
@@ -423,6 +461,10 @@ class Runtime:
 
     def problems(self) -> list[str]:
         """What is wrong, whether or not the proxy can serve."""
+        return self.kmi_problems() + self._unfetched()
+
+    def kmi_problems(self) -> list[str]:
+        """Those of them that are not about a key store."""
         return self._refusals() + self._missing()
 
     def obstacles(self) -> list[str]:
@@ -433,7 +475,8 @@ class Runtime:
         """
         if self.stopping:
             return [STOPPING]
-        return self._refusals() or ([] if self._can_serve_any() else self._missing())
+        missing = [] if self._can_serve_any() else self._missing() + self._unfetched()
+        return self._refusals() or missing
 
     def _refusals(self) -> list[str]:
         return [f"{part}: {reason}" for part, reason in self.condition.reasons.items()]
@@ -445,8 +488,17 @@ class Runtime:
             if kmi.state is KmiState.DISCONNECTED
         ]
 
+    def _unfetched(self) -> list[str]:
+        """What is wrong with keys for tokens, also where those that are known go on."""
+        return [
+            f"key store {name}: keys for tokens cannot be fetched: {source.error}"
+            for name, source in self.token_sources().items()
+            if source.error
+        ]
+
     def _can_serve_any(self) -> bool:
-        kmis = [kmi for tenant in self.tenants for kmi in tenant.store.kmis]
+        open_to_all = [t for t in self.tenants if t.token_keys is None or len(t.token_keys)]
+        kmis = [kmi for tenant in open_to_all for kmi in tenant.store.kmis]
         return any(kmi.state is not KmiState.DISCONNECTED for kmi in kmis)
 
     def status(self) -> dict[str, Any]:
@@ -591,7 +643,7 @@ def _count_from_zero(metrics: Metrics, tenant: Tenant) -> None:
     metrics.shed.labels(store, "overload")
     for fault in _OURS:
         code = protocol.refuse(OperationError(fault, "")).code
-        for call in protocol.calls | protocol.key_calls:
+        for call in protocol.calls | protocol.key_calls | protocol.key_methods:
             metrics.requests.labels(store, protocol.name, call, code)
 
 

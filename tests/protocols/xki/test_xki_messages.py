@@ -33,7 +33,7 @@ from xkiproxy.crypto.operations import (
     RandomBytes,
 )
 from xkiproxy.crypto.wrapping import WrappingAlgorithm
-from xkiproxy.protocols.base import Refusal, Trouble
+from xkiproxy.protocols.base import Identity, Refusal, Trouble
 from xkiproxy.protocols.xki import XkiProtocol
 
 METADATA = {"KmsRequestId": "req-1", "KmsOperation": "kms:Encrypt"}
@@ -41,6 +41,7 @@ CALLS = [("encrypt", "k"), ("decrypt", "k"), ("meta", "k"), ("random", ""), ("he
 ENVELOPE_V1 = b"\x01\x00\x00\x00\x01"
 
 protocol = XkiProtocol()
+SIGNER = Identity("XKIEXAMPLE", "", 0.0)
 
 
 def b64(data: bytes) -> str:
@@ -49,7 +50,7 @@ def b64(data: bytes) -> str:
 
 def decode(call: str, fields: Any, key: str = "demo-key", dialect: XkiProtocol = protocol) -> Any:
     body = fields if isinstance(fields, bytes) else json.dumps(fields).encode()
-    _, parsed = dialect.open(call, body)
+    _, parsed = dialect.open(call, body, SIGNER)
     return dialect.decode(call, key, parsed)
 
 
@@ -120,7 +121,7 @@ def test_metadata_is_read_whole_and_unknown_fields_are_ignored() -> None:
         "New": {"a": 1},
     }
     body = json.dumps(encrypt(RequestMetadata=metadata, Future=[1])).encode()
-    caller, fields = protocol.open("encrypt", body)
+    caller, fields = protocol.open("encrypt", body, SIGNER)
     assert caller == Caller(
         request_id="any Form / of id",
         operation="kms:SomethingNew",
@@ -421,7 +422,7 @@ field_values = json_values | st.binary(max_size=64).map(b64) | st.sampled_from(
 def decode_or_refuse(body: bytes, key: str) -> None:
     for call, _ in CALLS:
         try:
-            caller, fields = protocol.open(call, body)
+            caller, fields = protocol.open(call, body, SIGNER)
             protocol.decode(call, key, fields)
             protocol.headers(caller.request_id)
         except Refusal as error:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xkiproxy.crypto.operations import Fault, OperationError
-from xkiproxy.protocols.base import Refusal, Trouble
+from xkiproxy.protocols.base import Identity, Refusal, Trouble
 from xkiproxy.protocols.xks import XksProtocol
 
 METADATA = {
@@ -22,6 +22,7 @@ METADATA = {
 CALLS = ("health", "metadata", "encrypt", "decrypt")
 
 protocol = XksProtocol()
+SIGNER = Identity("AKIDEXAMPLE", "", 0.0)
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
@@ -43,7 +44,7 @@ values = (
 def decode_or_refuse(body: bytes, key: str) -> None:
     for call in CALLS:
         try:
-            _, fields = protocol.open(call, body)
+            _, fields = protocol.open(call, body, SIGNER)
             protocol.decode(call, key, fields)
         except Refusal as error:
             assert 400 <= error.status < 500

@@ -54,6 +54,7 @@ class XkiProtocol:
     base_path = "/kms/xki/v1"
     calls = frozenset({"health", "random"})
     key_calls = frozenset({"meta", "encrypt", "decrypt"})
+    key_methods: frozenset[str] = frozenset()
 
     def __init__(
         self,
@@ -67,9 +68,9 @@ class XkiProtocol:
         """Verify the ACS4 signature; raises Refusal."""
         return acs4.verify(request, keys, now)
 
-    def open(self, call: str, body: bytes) -> tuple[Caller, Fields]:
+    def open(self, call: str, body: bytes, identity: Identity) -> tuple[Caller, Fields]:
         """Parse a body as far as its RequestMetadata, which every call has; raises Refusal."""
-        del call
+        del call, identity
         fields = messages.parse_body(body)
         return messages.decode_caller(fields), fields
 

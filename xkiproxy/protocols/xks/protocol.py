@@ -42,6 +42,7 @@ class XksProtocol:
     base_path = "/kms/xks/v1"
     calls = frozenset({"health"})
     key_calls = frozenset({"metadata", "encrypt", "decrypt"})
+    key_methods: frozenset[str] = frozenset()
 
     def __init__(self, ciphertext_format: CiphertextFormat = CiphertextFormat.ENVELOPE) -> None:
         self._format = ciphertext_format
@@ -50,8 +51,9 @@ class XksProtocol:
         """Verify the SigV4 signature; raises Refusal."""
         return sigv4.verify(request, keys, now)
 
-    def open(self, call: str, body: bytes) -> tuple[Caller, Fields]:
+    def open(self, call: str, body: bytes, identity: Identity) -> tuple[Caller, Fields]:
         """Parse a body as far as its requestMetadata; raises Refusal."""
+        del identity  # KMS names the principal
         fields = parse_object(body)
         if fields is None:
             raise messages.parse_refusal()
