@@ -15,6 +15,7 @@ import secret_scan
 import uvloop
 from cloud import Cloud
 from harness import AWS_ID, AWS_SECRET, FaultyLane, Proxy, fill_catalog, make_certificate
+from hypothesis import HealthCheck, settings
 
 from xkiproxy.config.models import ServerSettings, TlsSettings
 from xkiproxy.config.secrets import SecretSource
@@ -36,6 +37,10 @@ from xkiproxy.server.gateway import Gateway, Tenant
 from xkiproxy.server.listener import Listener
 from xkiproxy.server.strangers import Strangers
 from xkiproxy.server.tls import server_context
+
+# How long an example takes is the machine's affair.
+settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tests")
 
 
 def pytest_asyncio_loop_factories(config: Any, item: Any) -> dict[str, Callable[[], Any]]:

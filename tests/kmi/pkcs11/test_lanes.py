@@ -14,7 +14,7 @@ from pathlib import Path
 import msgpack
 import pytest
 from hsm import PIN, Hsm, children, eventually, ready_lanes, submit
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from xkiproxy.config.secrets import SecretSource
@@ -50,7 +50,6 @@ FRAMES = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(FRAMES, st.data())
 def test_frames_are_cut_out_of_any_pieces(frames: list[list[object]], data: st.DataObject) -> None:
     stream = b"".join(wire.pack(frame) for frame in frames)
@@ -62,7 +61,6 @@ def test_frames_are_cut_out_of_any_pieces(frames: list[list[object]], data: st.D
     assert found == frames
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=300))
 def test_whatever_comes_is_frames_or_a_frame_error(data: bytes) -> None:
     try:
@@ -72,7 +70,6 @@ def test_whatever_comes_is_frames_or_a_frame_error(data: bytes) -> None:
     assert all(isinstance(frame, list) and frame for frame in frames)
 
 
-@settings(deadline=None)
 @given(st.recursive(st.one_of(st.integers(), st.none(), st.binary(), st.text()), st.lists))
 def test_whatever_outcome_comes_is_one_or_a_frame_error(fields: object) -> None:
     try:
