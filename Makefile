@@ -6,13 +6,14 @@
 #   make references   the tables of docs/configuration.md, docs/commands.md and docs/metrics.md anew
 #   make docs   the documentation as a site, in site/
 #   make deb    the Debian package, dist/xkiproxy_VERSION_ARCH.deb
-#   make lock   deploy/requirements.txt anew: the newest dependencies, by their hashes
+#   make lock   deploy/*requirements.txt anew: the newest dependencies, by their hashes
 #   make sbom   dist/xkiproxy.cdx.json, a CycloneDX bill of materials of these
 #   make bench  the benchmark with its targets; make bench-quick in a minute
 # The tests hold the hot path to its budget of instructions; `make gate` shows the table alone.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+SBOM   ?= dist/xkiproxy.cdx.json
 DEMO   ?= run/demo
 
 .PHONY: run test lint dashboards pictures references docs deb lock sbom bench bench-quick gate system-packages clean
@@ -50,19 +51,21 @@ lock: $(BIN)/.installed-release
 	@$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
 	    --no-annotate --custom-compile-command "make lock" --extra tracing \
 	    --output-file deploy/requirements.txt pyproject.toml
+	@echo 'setuptools>=77' | $(BIN)/uv pip compile --quiet --upgrade --python-version 3.11 \
+	    --generate-hashes --no-annotate --custom-compile-command "make lock" \
+	    --output-file deploy/build-requirements.txt -
 
 # Of an environment of its own: this one has what tests and benchmarks need too. The tool does not
 # look for a version outside of pyproject.toml.
 sbom: $(BIN)/.installed-release
-	@mkdir -p dist && place=$$(mktemp -d) && trap 'rm -rf "$$place"' EXIT && \
+	@mkdir -p "$(dir $(SBOM))" && place=$$(mktemp -d) && trap 'rm -rf "$$place"' EXIT && \
 	$(PYTHON) -m venv "$$place" && \
 	"$$place/bin/pip" install --quiet --require-hashes --requirement deploy/requirements.txt && \
 	"$$place/bin/pip" uninstall --quiet --yes pip setuptools && \
 	version=$$(sed -n 's/^__version__ = //p' xkiproxy/__init__.py) && \
 	sed "s/^dynamic = .*/version = $$version/" pyproject.toml > "$$place/pyproject.toml" && \
 	$(BIN)/cyclonedx-py environment --pyproject "$$place/pyproject.toml" --output-reproducible \
-	    --output-file dist/xkiproxy.cdx.json "$$place/bin/python" && \
-	echo "made dist/xkiproxy.cdx.json"
+	    --output-file "$(SBOM)" "$$place/bin/python" && echo "made $(SBOM)"
 
 bench: system-packages $(BIN)/.installed-bench
 	$(BIN)/xkiproxy-bench run --output run/bench/results.json --plots run/bench
@@ -86,8 +89,8 @@ $(BIN)/.installed: $(BIN)/pip pyproject.toml
 	@touch $@
 
 $(BIN)/.installed-test: $(BIN)/pip pyproject.toml
-	$(BIN)/pip install --quiet --editable '.[test]'
-	@touch $@ $(BIN)/.installed
+	$(BIN)/pip install --quiet --editable '.[test,release]'
+	@touch $@ $(BIN)/.installed $(BIN)/.installed-release
 
 $(BIN)/.installed-docs: $(BIN)/pip pyproject.toml
 	$(BIN)/pip install --quiet --editable '.[docs]'

@@ -309,24 +309,44 @@ def test_several_kmis(keys: Keys, folder: Path) -> None:
     assert "local, second" in refused.err
 
 
-def test_labels_do_not_end_the_use_of_a_key_at_another_kmi(keys: Keys, folder: Path) -> None:
+@pytest.fixture
+def two_kmis(folder: Path) -> Path:
+    """The key k at three KMIs, registered at none; a key store uses the first two."""
     master_key = (folder / "master.key").read_text()
-    second = '[[kmi]]\nname = "second"\ntype = "software"\nkeyring = "second.db"\n'
-    (folder / "xkiproxy.toml").write_text(_CONFIG + second)
+    (folder / "xkiproxy.toml").write_text(
+        _CONFIG.replace('kmi = ["local"]', 'kmi = ["local", "second"]')
+        + '[[kmi]]\nname = "second"\ntype = "software"\nkeyring = "second.db"\n'
+        + '[[kmi]]\nname = "third"\ntype = "software"\nkeyring = "second.db"\n'
+    )
     create_keyring(folder / "second.db", master_key)
     for name in ("keyring.db", "second.db"):
         keyring = Keyring(folder / name, master_key, "the test")
         keyring.create("k", KeySpec.AES_256)
         keyring.close()
-    here, there = ("--kmi", "local"), ("--kmi", "second")
+    return folder
+
+
+@pytest.mark.usefixtures("two_kmis")
+def test_labels_do_not_end_the_use_of_a_key_at_another_kmi(keys: Keys) -> None:
+    here, there, apart = ("--kmi", "local"), ("--kmi", "second"), ("--kmi", "third")
     assert keys("label", "k", "a=b", *here, "--json").value["state"] == "DISABLED"
     assert keys("enable", "k", *here, "--json").value["labels"] == {"a": "b"}
     refused = keys("label", "k", "a=b", *there)
     assert refused.status == 1
-    assert "xkiproxy keys enable k --kmi second" in refused.err
+    assert "xkiproxy keys enable k --kmi second --label NAME=VALUE" in refused.err
     assert keys("show", "k", *there, "--json").value["state"] == "UNREGISTERED"
-    keys("enable", "k", *there)
-    assert keys("label", "k", "a=b", *there, "--json").value["labels"] == {"a": "b"}
+    assert "KMI second has no such key" in keys("label", "missing", "a=b", *there).err
+    enabled = keys("enable", "k", *there, "--label", "a=b", "--json").value
+    assert (enabled["state"], enabled["labels"]) == ("ENABLED", {"a": "b"})
+    # No key store uses it beside the others: there is no use to be ended.
+    assert keys("label", "k", "a=b", *apart, "--json").value["state"] == "DISABLED"
+
+
+def test_a_key_that_is_enabled_again_keeps_its_labels(keys: Keys) -> None:
+    keys("create", "k", "--label", "a=b")
+    keys("disable", "k")
+    assert keys("enable", "k", "--label", "c=d", "--json").value["labels"] == {"a": "b", "c": "d"}
+    assert keys("enable", "k", "--json").value["labels"] == {"a": "b", "c": "d"}
 
 
 def without_secret_file(folder: Path) -> str:

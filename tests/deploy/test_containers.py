@@ -83,7 +83,7 @@ def context_files() -> list[Path]:
     """What .dockerignore lets through, which uses three kinds of lines only."""
     lines = [x for x in (ROOT / ".dockerignore").read_text().splitlines() if not x.startswith("#")]
     assert (lines[0], lines[-1]) == ("*", "**/__pycache__")
-    assert all(re.fullmatch(r"![\w./]+", line) for line in lines[1:-1])
+    assert all(re.fullmatch(r"![\w./-]+", line) for line in lines[1:-1])
     found = [ROOT / line[1:] for line in lines[1:-1]]
     inside = [path for top in found for path in (top.rglob("*") if top.is_dir() else [top])]
     return [path for path in inside if path.is_file() and "__pycache__" not in path.parts]
@@ -117,14 +117,18 @@ def test_what_is_copied_is_in_the_context(context: Path) -> None:
     copies = [rest.split() for keyword, rest in stages()[0] if keyword == "COPY"]
     sources = {source for *names, _ in copies for source in names}
     folders = [path for path in context.iterdir() if path.name != "deploy"]
-    assert sources == {path.name for path in folders} | {"deploy/requirements.txt"}
-    assert [path.name for path in (context / "deploy").iterdir()] == ["requirements.txt"]
+    lists = {f"deploy/{path.name}" for path in (context / "deploy").iterdir()}
+    assert lists == {"deploy/requirements.txt", "deploy/build-requirements.txt"}
+    assert sources == {path.name for path in folders} | lists
 
 
 def test_the_context_installs_and_runs(context: Path, scratch: Path) -> None:
     """As the image does, but with the dependencies of these tests instead of anew."""
     assert ("RUN", "python3 -m venv /opt/xkiproxy") in stages()[0]
-    assert any("/opt/xkiproxy/bin/pip install --no-deps ." in rest for _, rest in stages()[0])
+    assert any(
+        "/opt/xkiproxy/bin/pip install --no-deps --no-build-isolation ." in rest
+        for _, rest in stages()[0]
+    )
     place = scratch / "venv"
     venv.create(place, with_pip=True)
     own = place / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"

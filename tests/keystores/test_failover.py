@@ -364,7 +364,7 @@ async def test_one_that_lost_every_hedge_is_tried_until_it_is_fast_again(
     site = Site(hedge=1.0)
     site.one.seconds = 30.0
     for _ in range(5):
-        site.one.standing.outrun(time.monotonic())
+        site.one.standing.outrun(time.monotonic(), time.monotonic())
     await asyncio.sleep(0.02)
     assert await site.by(60.0) == "two"  # the trial has cost this one its second
     assert site.asked == (1, 1)
@@ -379,7 +379,7 @@ async def test_one_that_is_slow_now_and_then_is_not_left_alone() -> None:
     site = Site(hedge=1.0)
     for _ in range(3):
         for _ in range(4):
-            site.one.standing.outrun(time.monotonic())
+            site.one.standing.outrun(time.monotonic(), time.monotonic())
         assert await site.by(60.0) == "one"
     assert site.asked == (3, 0)
 
@@ -410,10 +410,22 @@ def test_to_be_outrun_on_trial_is_a_failed_trial() -> None:
     standing = Standing()
     standing.fail(100.0)
     assert standing.may_try(101.0)
-    standing.outrun(101.0)
-    standing.outrun(101.0)  # one that had begun before
+    standing.outrun(100.9, 101.0)
+    standing.outrun(100.9, 101.0)  # one that had begun before
     assert not standing.may_try(101.4)
     assert standing.may_try(101.6)
+
+
+def test_one_stall_counts_once_however_many_had_asked() -> None:
+    standing = Standing()
+    for _ in range(100):
+        standing.outrun(99.9, 100.0)
+    assert standing.is_good
+    for now in (101.0, 102.0, 103.0):
+        standing.outrun(now - 0.1, now)
+        assert standing.is_good
+    standing.outrun(103.9, 104.0)
+    assert not standing.is_good
 
 
 # ---- in a key store --------------------------------------------------------------------------

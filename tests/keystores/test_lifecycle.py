@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -134,6 +135,28 @@ def test_the_entry_says_who_changed_it(host: Host, monkeypatch: pytest.MonkeyPat
     host.rotate("k")
     rotated = host.catalog.get("local", "k")
     assert rotated == replace(made, version=2, changed_by=f"{made.changed_by}, by sudo of alice")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda at: lifecycle.disable_key(*at, "k"),
+        lambda at: lifecycle.set_usage(*at, "k", Usage.DECRYPT),
+        lambda at: lifecycle.label_key(*at, "k", {"a": "b"}),
+        lambda at: lifecycle.rotate_key(*at, "k"),
+        lambda at: lifecycle.schedule_deletion(*at, "k", 30),
+    ],
+)
+def test_each_change_says_whose_it_is(
+    host: Host, monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], Any]
+) -> None:
+    monkeypatch.setenv("SUDO_USER", "alice")
+    host.create("k")
+    monkeypatch.setenv("SUDO_USER", "bob")
+    change((host.catalog, host.keyring, "local"))
+    changed = host.catalog.get("local", "k")
+    assert changed is not None
+    assert changed.changed_by.endswith("by sudo of bob")
 
 
 def test_a_user_without_a_name_is_a_number(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:

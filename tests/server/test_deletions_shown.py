@@ -47,12 +47,12 @@ def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Workers]:
     made.stop()
 
 
-def shown(server: Workers) -> tuple[float, float | None]:
-    """How many keys of the key store await deletion, and when the first is destroyed."""
-    text = server.admin("metrics")[1]
-    values = dict(line.rsplit(" ", 1) for line in text.splitlines() if 'keystore="demo"' in line)
-    when = values.get(f'{DESTRUCTION}{{keystore="demo"}}')
-    return float(values[f'{PENDING}{{keystore="demo"}}']), None if when is None else float(when)
+def shown(server: Workers, keystore: str = "demo") -> tuple[float, float | None]:
+    """How many keys of a key store await deletion, and when the first is destroyed."""
+    text, label = server.admin("metrics")[1], f'{{keystore="{keystore}"}}'
+    values = dict(line.rsplit(" ", 1) for line in text.splitlines() if label in line)
+    when = values.get(DESTRUCTION + label)
+    return float(values[PENDING + label]), None if when is None else float(when)
 
 
 def test_a_deletion_is_shown_until_it_is_cancelled(server: Workers) -> None:
@@ -75,16 +75,20 @@ def test_a_deletion_is_shown_until_it_is_cancelled(server: Workers) -> None:
     wait_for(lambda: shown(server) == (0, None))
 
 
-def test_what_a_key_store_may_not_use_is_not_shown_for_it(server: Workers) -> None:
+def test_what_no_key_store_may_use_is_shown_for_none(server: Workers) -> None:
     server.run("keys", "delete", "demo-key", "--days", "7")
     wait_for(lambda: shown(server)[0] == 1)
+    when = shown(server)[1]
+    assert shown(server, "") == (0, None)
     text = server.config.read_text()
     server.config.write_text(text + 'keys = ["payroll-*"]\n')
     server.run("reload")
     assert shown(server) == (0, None)
+    assert shown(server, "") == (1, when)  # it will be destroyed all the same
     server.config.write_text(text)
     server.run("reload")
-    assert shown(server)[0] == 1
+    assert shown(server) == (1, when)
+    assert shown(server, "") == (0, None)
 
 
 def test_it_is_shown_by_whichever_worker_is_there(tmp_path: Path) -> None:
@@ -118,7 +122,7 @@ def test_a_key_at_two_kmis_is_one_key_and_what_is_due_has_a_day_left(
         runtime.catalog.put(pending)
     asyncio.run(look(runtime))
     snapshot = runtime.metrics.collection.snapshot()
-    assert snapshot[PENDING] == {("demo",): [1], ("second",): [1]}
+    assert snapshot[PENDING] == {("",): [0], ("demo",): [1], ("second",): [1]}
     # Nobody has watched it yet, so it is as if its date had come this moment.
     assert snapshot[DESTRUCTION] == {("demo",): [now + DAY], ("second",): [now + DAY]}
     began, now = now, now + 600

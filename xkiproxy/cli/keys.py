@@ -181,14 +181,16 @@ def enable(
         UsageName | None,
         typer.Option(help="What it may be used for; only for an UNREGISTERED key."),
     ] = None,
+    label: LabelOption = None,
     kmi: KmiOption = None,
     config: ConfigOption = DEFAULT_CONFIG,
     json: JsonOption = False,
 ) -> None:
     """Let a key be used; registers a key that only the KMI has."""
-    wanted = None if usage is None else _USAGES[usage]
+    wanted, labels = None if usage is None else _USAGES[usage], _labels(label)
     with _open(load_config(config), kmi) as at:
-        _print(lifecycle.enable_key(at.catalog, at.manager, at.kmi, key, wanted), at, json)
+        enabled = lifecycle.enable_key(at.catalog, at.manager, at.kmi, key, wanted, labels)
+        _print(enabled, at, json)
 
 
 @app.command(epilog="Example: xkiproxy keys disable payroll")
@@ -256,9 +258,11 @@ def label_command(
     if not wanted and not remove:
         raise typer.BadParameter("give labels to set, or --remove NAME")
     with _open(load_config(config), kmi) as at:
-        _print(
-            lifecycle.label_key(at.catalog, at.manager, at.kmi, key, wanted, remove or ()), at, json
+        beside = {name for store in at.keystores for name in store.kmi}
+        labelled = lifecycle.label_key(
+            at.catalog, at.manager, at.kmi, key, wanted, remove or (), beside=beside
         )
+        _print(labelled, at, json)
 
 
 @app.command(epilog="Example: xkiproxy keys rotate payroll")

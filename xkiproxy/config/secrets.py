@@ -137,8 +137,10 @@ def parse_key(text: str) -> bytes:
         return bytes.fromhex(text)
     if _BASE64.fullmatch(text):
         key = b64decode(text)
-        if b64encode(key).decode() == text:  # one key, one spelling
+        if b64encode(key).decode() == text:
             return key
+        # One key, one spelling.
+        raise ValueError("must be 32 bytes in Base64, and this has bits after the last of them")
     raise ValueError(
         f"must be 32 bytes, as 44 characters of Base64 or 64 of hex; it has {len(text)} characters"
     )

@@ -100,6 +100,7 @@ class Failover:
     ) -> Served:
         """Ask the second when the first is slow, or fails; the first result counts."""
         _enter(one, enter)
+        began = time.monotonic()
         first = asyncio.ensure_future(_ask(one, operation, limit, timing))
         asked: dict[asyncio.Future[Result], Kmi] = {first: one}
         try:
@@ -113,7 +114,7 @@ class Failover:
             if len(asked) > 1:
                 self._counts.hedged("lost" if task is first else "won")
             if not first.done():
-                one.standing.outrun(time.monotonic())
+                one.standing.outrun(began, time.monotonic())
             enter(asked[task])  # so that the trail names the one whose answer it is
             return Served(task.result(), asked[task])
         finally:

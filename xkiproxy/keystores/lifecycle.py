@@ -126,11 +126,17 @@ def show_key(catalog: Catalog, manager: KeyManager, kmi: str, key_id: str) -> Ma
 
 
 def enable_key(
-    catalog: Catalog, manager: KeyManager, kmi: str, key_id: str, usage: Usage | None = None
+    catalog: Catalog,
+    manager: KeyManager,
+    kmi: str,
+    key_id: str,
+    usage: Usage | None = None,
+    labels: Mapping[str, str] | None = None,
 ) -> ManagedKey:
     """Let a key be used, and register it if it is not.
 
-    `usage` is for a key that is not registered; None means whatever the KMI allows.
+    `usage` is for a key that is not registered; None means whatever the KMI allows. `labels` are
+    set with it, at once: a policy may ask for them.
 
     A key that is registered is enabled while its KMI is away, too; one that the KMI has lost, or
     that cannot be used, is not.
@@ -156,7 +162,8 @@ def enable_key(
                 pass  # it is away: what it would say shows when it is back
             else:
                 _usable(info, kmi, key_id)
-        _put(catalog, replace(entry, state=KeyState.ENABLED))
+        wanted = _sorted({**dict(entry.labels), **(labels or {})})
+        _put(catalog, replace(entry, state=KeyState.ENABLED, labels=wanted))
     return _changed(catalog, manager, kmi, key_id)
 
 
@@ -203,7 +210,7 @@ def set_usage(
     with catalog.locked():
         entry = _registered(catalog, kmi, key_id)
         _refuse_pending(entry)
-        catalog.put(replace(entry, usage=usage))
+        _put(catalog, replace(entry, usage=usage))
     return _changed(catalog, manager, kmi, key_id)
 
 
@@ -224,15 +231,18 @@ def label_key(
     key_id: str,
     labels: Mapping[str, str],
     without: Iterable[str] = (),
+    *,
+    beside: Collection[str] = (),
 ) -> ManagedKey:
     """Set labels of a key, and take others away; raises KeyManagerError, CatalogError.
 
     A key that is not registered gets an entry that is DISABLED, to be enabled with its labels; not
-    where it is in use at another KMI, since that would end there.
+    where it is in use at another KMI of a key store (`beside` are their names), since that would
+    end there.
     """
     with catalog.locked():
-        _refuse_to_end_use_elsewhere(catalog, kmi, key_id)
         entry = _entry(catalog, manager, kmi, key_id)
+        _refuse_to_end_use_beside(catalog, kmi, key_id, beside)
         wanted = {**dict(entry.labels), **labels}
         for name in without:
             if wanted.pop(name, None) is None:
@@ -241,15 +251,18 @@ def label_key(
     return _changed(catalog, manager, kmi, key_id)
 
 
-def _refuse_to_end_use_elsewhere(catalog: Catalog, kmi: str, key_id: str) -> None:
+def _refuse_to_end_use_beside(
+    catalog: Catalog, kmi: str, key_id: str, beside: Collection[str]
+) -> None:
     if catalog.get(kmi, key_id) is not None:
         return
-    for entry in catalog.entries():
-        if entry.key_id == key_id and entry.state is KeyState.ENABLED:
+    for other in sorted(set(beside) - {kmi}):
+        entry = catalog.get(other, key_id)
+        if entry is not None and entry.state is KeyState.ENABLED:
             raise KeyManagerError(
                 f"key {key_id} is not registered at KMI {kmi}, and its labels would register it"
-                f" DISABLED, which ends its use at KMI {entry.kmi} too:"
-                f" first run xkiproxy keys enable {key_id} --kmi {kmi}"
+                f" DISABLED, which ends its use at KMI {other} too; to enable it with them:"
+                f" xkiproxy keys enable {key_id} --kmi {kmi} --label NAME=VALUE"
             )
 
 

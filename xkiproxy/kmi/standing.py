@@ -16,13 +16,14 @@ class Standing:
     request tries, while the others still go elsewhere. A success ends it.
     """
 
-    __slots__ = ("_is_on_trial", "_outrun", "_pause", "_until")
+    __slots__ = ("_is_on_trial", "_outrun", "_outrun_at", "_pause", "_until")
 
     def __init__(self) -> None:
         self._pause = 0.0
         self._until = 0.0
         self._is_on_trial = False
         self._outrun = 0
+        self._outrun_at = 0.0
 
     @property
     def is_good(self) -> bool:
@@ -56,12 +57,15 @@ class Standing:
         self._is_on_trial = False
         self._until = now + self._pause
 
-    def outrun(self, now: float) -> None:
-        """Another that was asked later has answered first.
+    def outrun(self, asked: float, now: float) -> None:
+        """Another that was asked later has answered first; this one was at `asked`.
 
-        To be slow once is no failure; to be slow on trial is one, and so is to be slow always.
+        To be slow once is no failure, however many had asked meanwhile; to be slow on trial is one,
+        and so is to be slow always.
         """
-        self._outrun += 1
+        if asked >= self._outrun_at:
+            self._outrun += 1
+            self._outrun_at = now
         if self._is_on_trial or self._outrun >= _MAX_OUTRUN:
             self.fail(now)
 

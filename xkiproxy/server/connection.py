@@ -218,7 +218,7 @@ class Connection(BaseProtocol):
         else:
             if messages:
                 self._queue.extend(messages)
-            elif state is _IDLE and data and not self._queue:
+            elif state is _IDLE and data and not self._queue and not self._paused:
                 self.state = _HEAD
                 self.expires = self._loop.time() + self._shared.head_seconds
             if upgraded:

@@ -258,9 +258,8 @@ class Runtime:
             return {}
         if files.token_keys is not None:
             return parse_keys(files.token_keys, str(google.keys))
-        for (
-            source
-        ) in self.token_sources().values():  # the one that has them already, if there is one
+        # The one that has them already, if there is one.
+        for source in self.token_sources().values():
             if source.origin == (google.keys_url, google.tls):
                 return source
         return FetchedKeys(google.keys_url, google.tls)
@@ -377,14 +376,17 @@ class Runtime:
         now, pending = time.time(), pending_entries(self.catalog)
         self.metrics.keys_pending_deletion.clear()
         self.metrics.key_destruction.clear()
-        for store in (tenant.store for tenant in self.tenants):
-            found = [entry for entry in pending if store.may_use(entry)]
+        stores = [tenant.store for tenant in self.tenants]
+        # What no key store may use is destroyed all the same.
+        nobodys = [entry for entry in pending if not any(s.may_use(entry) for s in stores)]
+        by_store = {s.name: [entry for entry in pending if s.may_use(entry)] for s in stores}
+        for name, found in {**by_store, "": nobodys}.items():
             # A key at several KMIs is one key, though each of them destroys its own.
             count = len({entry.key_id for entry in found})
-            self.metrics.keys_pending_deletion.labels(store.name).set(count)
+            self.metrics.keys_pending_deletion.labels(name).set(count)
             if found:
                 first = min(expected_destruction(entry, now) for entry in found)
-                self.metrics.key_destruction.labels(store.name).set(first)
+                self.metrics.key_destruction.labels(name).set(first)
 
     async def _check_audit(self, audit: Sink) -> None:
         self.check_audit(audit)
