@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from google_cloud import SigningKey, key_set, keystore_table
 from harness import make_certificate
 from ports import free_ports
 from transit import TransitSite
@@ -105,6 +108,26 @@ def test_key_stores_that_can_use_each_others_keys(config: Path) -> None:
     assert demo.startswith("key store demo ")
     config.write_text(base + 'keys = ["demo-*"]\n' + SHARED + 'keys = ["second-*"]\n')
     assert remarks(config) == []
+
+
+def test_remarks_on_what_google_would_be_refused(config: Path) -> None:
+    keys = config.parent / "keys.json"
+    keys.write_text(key_set(SigningKey("google-1")))
+    base = config.read_text() + 'keys = ["demo-*"]\n'
+    table = keystore_table(keys="keys.json").replace("[keystore.google]", "{}\n[keystore.google]")
+    usual = '"CUSTOMER_INITIATED_ACCESS", "GOOGLE_INITIATED_SYSTEM_OPERATION"'
+    good = base + table.format('keys = ["gcp-*"]')
+    config.write_text(good + f"allowed_reasons = [{usual}]\n")
+    assert remarks(config) == []
+    config.write_text(good + 'allowed_reasons = ["CUSTOMER_INITIATED_ACESS"]\n')
+    unknown, missing = remarks(config)
+    assert "CUSTOMER_INITIATED_ACESS is no reason that is known" in unknown
+    assert "lacks CUSTOMER_INITIATED_ACCESS, GOOGLE_INITIATED_SYSTEM_OPERATION" in missing
+    config.write_text(good.replace("@gcp-sa-ekms", "@gcp-sa-cloudkms"))
+    os.utime(keys, (0, time.time() - 8 * 86_400))
+    agent, old = remarks(config)
+    assert "is no service agent of Cloud EKM" in agent
+    assert "keys.json is 8 days old" in old
 
 
 def test_remarks_come_after_the_problems_and_are_none_of_them(config: Path) -> None:

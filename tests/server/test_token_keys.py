@@ -326,6 +326,52 @@ async def test_a_key_store_that_a_reload_brings_has_its_keys_within_seconds(
         assert status == 200
 
 
+async def test_a_reload_without_the_keys_that_it_needs_is_refused(
+    site: Installation, google: KeyServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The keys that are known are not given up for others that are not there."""
+    other = KeyServer(site.directory / "other")
+    other.start()
+    other.stop()
+    async with running(site, monkeypatch) as (runtime, public):
+        text = site.config.read_text()
+        site.config.write_text(text.replace(google.url, other.url))
+        await public.reload()
+        assert "reload_failed" in site.directory.joinpath("audit.jsonl").read_text()
+        assert (await ask(site, FIRST))[0] == 200
+        other.document = key_set(SECOND)
+        other.start()
+        trusted = text.replace(str(google.certificate), str(other.certificate))
+        site.config.write_text(trusted.replace(google.url, other.url))
+        await public.reload()
+        assert (await ask(site, FIRST))[0] == 401
+        assert (await ask(site, SECOND))[0] == 200
+        other.stop()
+        assert len(set(runtime.token_sources().values())) == 1
+
+
+async def test_key_stores_share_what_is_fetched(
+    site: Installation, google: KeyServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = site.config.read_text()
+    table = text[text.index('[[keystore]]\nname = "gcp"') :]
+    second = table.replace('"gcp"', '"gcp2"').replace('"/gcp"', '"/gcp2"')
+    site.config.write_text(text + second)
+    async with running(site, monkeypatch) as (runtime, public):
+        assert google.asked == 1
+        assert len(runtime.token_sources()) == 2
+        await public.reload()
+        assert google.asked == 1
+        assert "other keys for tokens" not in json.dumps(runtime.status())
+
+
+async def test_a_host_that_is_none_is_an_error_like_others(google: KeyServer) -> None:
+    keys = FetchedKeys("https://a..b/keys", ClientTlsSettings(ca=google.certificate))
+    await keys.refresh()
+    assert "a..b" in keys.error
+    assert not keys.is_due(time.monotonic())
+
+
 def test_check_says_where_keys_cannot_be_fetched(site: Installation, google: KeyServer) -> None:
     site.run("check")
     google.status = 404

@@ -24,11 +24,12 @@ from xkiproxy.cli.common import (
     print_json,
 )
 from xkiproxy.config import Config, ConfigError, Problem, load_config
-from xkiproxy.config.models import is_loopback, split_address
+from xkiproxy.config.models import GoogleSettings, is_loopback, split_address
 from xkiproxy.config.secrets import SecretError
 from xkiproxy.config.tls import TlsError, parse_certificate, read_pem
 from xkiproxy.keystores.credentials import CredentialError, load_credentials
 from xkiproxy.observability.logging import utf8
+from xkiproxy.protocols.ekm.messages import AccessReason
 from xkiproxy.protocols.registry import CONSOLES
 
 if TYPE_CHECKING:
@@ -36,6 +37,13 @@ if TYPE_CHECKING:
 
 _SOON_DAYS = 30
 """When the alert on the date of a certificate begins too."""
+_OLD_KEYS_DAYS = 7
+_EKM_AGENT = "@gcp-sa-ekms.iam.gserviceaccount.com"
+_USUAL_REASONS = frozenset({
+    AccessReason.CUSTOMER_INITIATED_ACCESS.name,
+    AccessReason.GOOGLE_INITIATED_SYSTEM_OPERATION.name,
+})  # fmt: skip
+"""The use of a key, and Google's checks of its health (docs/protocols/ekm.md)."""
 _DELETION_SOON_SECONDS = 7 * 86_400
 
 
@@ -132,6 +140,31 @@ def _credentials(settings: Config) -> Iterator[str]:
                 yield f"key store {store.name}, credential {credential.access_key_id}: {why}"
 
 
+def _google(settings: Config) -> Iterator[str]:
+    for store in settings.keystore:
+        if store.google is not None:
+            for text in _google_of(store.google):
+                yield f"key store {store.name}: {text}"
+
+
+def _google_of(google: GoogleSettings) -> Iterator[str]:
+    named = set(google.allowed_reasons or ())
+    for reason in sorted(named - set(AccessReason.__members__)):
+        yield f"{reason} is no reason that is known; is it a mistake?"
+    if named and (missing := sorted(_USUAL_REASONS - named)):
+        yield (
+            f"allowed_reasons lacks {', '.join(missing)}: without it a key is of little use, and"
+            " Google may disable its version at a refusal"
+        )
+    for account in google.service_accounts:
+        if not account.endswith(_EKM_AGENT):
+            yield f"{account} is no service agent of Cloud EKM"
+    if google.keys is not None and google.keys.exists():
+        days = (time.time() - google.keys.stat().st_mtime) / 86_400
+        if days > _OLD_KEYS_DAYS:
+            yield f"{google.keys} is {days:.0f} days old: Google has changed its keys since"
+
+
 def _admin_listener(settings: Config) -> Iterator[str]:
     address = settings.server.admin_listen
     if not is_loopback(split_address(address)[0]):
@@ -142,6 +175,7 @@ _REMARKS: tuple[Callable[[Config], Iterator[str]], ...] = (
     _shared_kmis,
     _certificate,
     _credentials,
+    _google,
     _admin_listener,
 )
 """Each says what it finds, a text each, and nothing where it cannot look: that is a problem."""

@@ -684,9 +684,11 @@ class QuotaSettings(Section):
 
 
 _SERVICE_ACCOUNT = re.compile(r"[A-Za-z0-9._-]+@[A-Za-z0-9.-]+")
-_AUDIENCE = re.compile(r"https://[A-Za-z0-9.-]+")
+_LABEL = "[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
+_HOST_NAME = rf"{_LABEL}(\.{_LABEL})*"
+_AUDIENCE = re.compile(rf"https://{_HOST_NAME}")
 _GOOGLE_KEYS = "https://www.googleapis.com/oauth2/v3/certs"
-_KEYS_URL = re.compile(r"https://(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+)(:[0-9]{1,5})?(/[!-~]*)")
+_KEYS_URL = re.compile(rf"https://(\[[0-9A-Fa-f:.]+\]|{_HOST_NAME})(:[1-9][0-9]{{0,4}})?/[!-~]*")
 
 
 def _service_account(value: str) -> str:
@@ -696,7 +698,7 @@ def _service_account(value: str) -> str:
 
 
 def _audience(value: str) -> str:
-    if not _AUDIENCE.fullmatch(value):
+    if not _AUDIENCE.fullmatch(value) or value != value.lower():
         raise ValueError('write it as "https://proxy.example.com": the host of the key URIs')
     return value
 
@@ -753,7 +755,8 @@ class GoogleSettings(Section):
     ] = None
     """Only these Key Access Justifications may ask ([protocols/ekm.md](protocols/ekm.md)):
     `["CUSTOMER_INITIATED_ACCESS", "GOOGLE_INITIATED_SYSTEM_OPERATION"]`; others get a 403. Without
-    it all may.
+    it all may. Google says none for a project without Key Access Justifications: then it refuses
+    all.
     """
 
     @model_validator(mode="after")

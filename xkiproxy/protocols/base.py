@@ -8,7 +8,7 @@ with a key `{prefix}{base_path}/keys/{key id}/{call}` or `{prefix}{base_path}/ke
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any, Literal, get_args
 from typing import Protocol as Interface
@@ -83,8 +83,8 @@ class SignedRequest:
     method: str
     path: str
     query: str
-    headers: Sequence[tuple[bytes, bytes]]
-    body: bytes
+    headers: Sequence[tuple[bytes, bytes]] = field(repr=False)
+    body: bytes = field(repr=False)
 
 
 @record

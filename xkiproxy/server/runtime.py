@@ -7,7 +7,7 @@ import logging
 import os
 import ssl
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import closing, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -168,6 +168,7 @@ class Runtime:
             for i, kmi in enumerate(config.kmi)
         }
         self.tenants: list[Tenant] = []
+        self._sources: list[FetchedKeys] = []
         self.certificate = ""
         self.untimely = ""
         """Why the certificate was not valid when it was opened; empty if it was."""
@@ -204,6 +205,7 @@ class Runtime:
         """Take over what `prepare` has opened; nothing is read here, so that nothing can fail."""
         self.config = change.config
         self.tenants = change.tenants
+        self._sources = list(set(self.token_sources().values()))
         self.context = change.context
         self.certificate = change.certificate
         self.untimely = change.untimely
@@ -258,19 +260,30 @@ class Runtime:
             return {}
         if files.token_keys is not None:
             return parse_keys(files.token_keys, str(google.keys))
-        # The one that has them already, if there is one.
-        for source in self.token_sources().values():
+        # One for all key stores of an origin, also over reloads.
+        for source in self._sources:
             if source.origin == (google.keys_url, google.tls):
                 return source
-        return FetchedKeys(google.keys_url, google.tls)
+        self._sources.append(made := FetchedKeys(google.keys_url, google.tls))
+        return made
 
     def token_sources(self) -> dict[str, FetchedKeys]:
         """The keys for tokens that are fetched, by the names of their key stores."""
-        return {
-            tenant.store.name: tenant.token_keys
-            for tenant in self.tenants
-            if isinstance(tenant.token_keys, FetchedKeys)
-        }
+        return _fetched(self.tenants)
+
+    async def fetch_token_keys(self, change: Change) -> None:
+        """Fetch what a change brings; raises ConfigError where that comes to nothing."""
+        known = set(self.token_sources().values())
+        new = {name: s for name, s in _fetched(change.tenants).items() if s not in known}
+        await refresh_all(new.values())
+        problems = [
+            Problem(f"keystore[{index}].google", new[store.name].error)
+            for index, store in enumerate(change.config.keystore)
+            if store.name in new and not len(new[store.name])
+        ]
+        if problems:
+            self._sources = list(known)  # the next try begins anew
+            raise ConfigError(change.config.path, problems)
 
     async def _refresh_token_keys(self) -> None:
         await refresh_all(self.token_sources().values())
@@ -634,6 +647,14 @@ def _kmi_status(kmi: Kmi, now: float) -> dict[str, Any]:
         else {"error": last.error, "time": last.time.isoformat(timespec="seconds")},
         "lanes": [state.value for state in kmi.lanes],
         "checked_seconds_ago": round(max(0.0, now - kmi.checked), 1) if kmi.checked > 0 else None,
+    }
+
+
+def _fetched(tenants: Iterable[Tenant]) -> dict[str, FetchedKeys]:
+    return {
+        tenant.store.name: tenant.token_keys
+        for tenant in tenants
+        if isinstance(tenant.token_keys, FetchedKeys)
     }
 
 

@@ -106,7 +106,9 @@ class PublicSide:
         """Open and check what has changed; raises ConfigError."""
         with refusing("", self._runtime.config.path):
             # In a thread: certificates and credentials are read from disks that may be slow.
-            return await asyncio.to_thread(lambda: self._runtime.prepare(*read()))
+            change = await asyncio.to_thread(lambda: self._runtime.prepare(*read()))
+            await self._runtime.fetch_token_keys(change)
+            return change
 
     async def apply(self, change: Change) -> None:
         """Exchange; raises ConfigError, and then nothing is exchanged."""

@@ -3,7 +3,9 @@
 They are fetched again once they are out of date (the answer's Cache-Control says when that is), and
 at a token of a key that is not known, but then once a minute at most: whoever sends such tokens
 must not have the proxy send requests. While the server cannot be reached the keys that are known go
-on: that Google's server is away must not be an outage of ours.
+on, for a week: that Google's server is away must not be an outage of ours, but a key that was
+withdrawn must not be good for ever where somebody cuts the way to that server. They are in memory
+only: a process that starts meanwhile has none.
 """
 
 from __future__ import annotations
@@ -35,7 +37,15 @@ _LONGEST_AGE_SECONDS = 24 * 3600.0
 _LONGEST_USE_SECONDS = 7 * 24 * 3600.0
 _MAX_AGE = re.compile(r"(?:^|[\s,])max-age=\"?([0-9]{1,9})")
 
-_FAILURES = (aiohttp.ClientError, KeySetError, OSError, SecretError, TimeoutError, TlsError)
+_FAILURES = (
+    aiohttp.ClientError,
+    KeySetError,
+    OSError,
+    SecretError,
+    TimeoutError,
+    TlsError,
+    ValueError,
+)
 
 
 class FetchedKeys:

@@ -147,8 +147,10 @@ def test_a_key_that_google_does_not_have_is_refused() -> None:
 
 
 def test_a_key_in_the_token_itself_is_not_looked_at() -> None:
-    header = {"jwk": STRANGER.jwk(), "jku": "https://attacker.example.com", "x5c": ["x"]}
+    header = {"jku": "https://attacker.example.com", "x5c": ["x"]}
     assert refusal(headers(STRANGER.sign(claims(NOW), header=header))) == "signature"
+    header = {"jwk": STRANGER.jwk()}
+    assert refusal(headers(STRANGER.sign(claims(NOW), header=header))) == "malformed"
 
 
 def test_an_extension_that_must_be_understood_is_not() -> None:
@@ -184,7 +186,25 @@ def test_an_oversized_token_is_refused_before_it_is_read() -> None:
     assert refusal(headers(GOOGLE.sign(claims(NOW, filler="x" * 4096)))) == "malformed"
 
 
-@pytest.mark.parametrize("depth", [500, 1000])
+def test_a_large_header_is_refused_before_it_is_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    token = GOOGLE.sign(claims(NOW), header={"x": "y" * 400})
+    monkeypatch.setattr("jwt.get_unverified_header", None)
+    assert refusal(headers(token)) == "malformed"
+
+
+@pytest.mark.parametrize("value", [10**400, float("inf"), float("nan"), "1", True])
+@pytest.mark.parametrize("name", ["iat", "exp", "nbf"])
+def test_what_is_no_date_is_refused(name: str, value: Any) -> None:
+    assert refusal(headers(GOOGLE.sign(claims(NOW, **{name: value})))) == "malformed"
+
+
+def test_a_token_is_not_good_before_its_time() -> None:
+    assert refusal(headers(GOOGLE.sign(claims(NOW, nbf=NOW + 61)))) == "stale"
+    token = GOOGLE.sign(claims(NOW, nbf=NOW + 59))
+    assert verifier().verify(headers(token), NOW).access_key_id == ACCOUNT
+
+
+@pytest.mark.parametrize("depth", [50, 100, 500, 1000])
 def test_a_deeply_nested_token_is_refused_and_nothing_more(depth: int) -> None:
     nested = b"[" * depth + b"]" * depth
     header = b'{"alg":"RS256","kid":"google-1","x":' + nested + b"}"

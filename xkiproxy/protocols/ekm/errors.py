@@ -1,8 +1,9 @@
 """The errors of EKM, as a table: what happened, and the status and google.rpc.Code that say so.
 
 Cloud EKM disables a key version once the key manager says PERMISSION_DENIED of it (its error
-reference), so only what the key's owner forbids gets that code; a mistake of a network or a state
-that may end does not.
+reference), so only what the key's owner forbids gets that code (a policy that fails denies too); a
+mistake of a network or a state that may end does not. And it reads a bare INVALID_ARGUMENT as a
+ciphertext that is wrong for ever, so what is wrong with a request has details or another code.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ CODES = {
     "PERMISSION_DENIED": 7,
     "RESOURCE_EXHAUSTED": 8,
     "FAILED_PRECONDITION": 9,
+    "OUT_OF_RANGE": 11,
     "UNIMPLEMENTED": 12,
     "INTERNAL": 13,
     "UNAVAILABLE": 14,
@@ -46,11 +48,11 @@ _UNAUTHENTICATED = (401, "UNAUTHENTICATED", "The request is not authenticated.")
 _SOURCE_FORBIDDEN = "The key store is not open to this address."
 
 _TROUBLES: dict[Trouble, tuple[int, str, str] | tuple[int, str, str, Reason]] = {
-    Trouble.NOT_HTTP: (400, "INVALID_ARGUMENT", "This is not a valid HTTP request."),
+    Trouble.NOT_HTTP: (400, "FAILED_PRECONDITION", "This is not a valid HTTP request."),
     Trouble.NOT_FOUND: (404, "NOT_FOUND", "There is no such path."),
     Trouble.METHOD_NOT_ALLOWED: (405, "UNIMPLEMENTED", "Use POST."),
-    Trouble.TOO_LARGE: (413, "INVALID_ARGUMENT", "The request body is over the limit."),
-    Trouble.BODY_TIMEOUT: (400, "INVALID_ARGUMENT", "The body did not arrive."),
+    Trouble.TOO_LARGE: (413, "OUT_OF_RANGE", "The request body is over the limit."),
+    Trouble.BODY_TIMEOUT: (503, "UNAVAILABLE", "The body did not arrive."),
     Trouble.REPLAYED: (*_UNAUTHENTICATED, "replay"),
     Trouble.OVERLOADED: (429, "RESOURCE_EXHAUSTED", "Too many requests are waiting."),
     Trouble.SOURCE_FORBIDDEN: (401, "UNAUTHENTICATED", _SOURCE_FORBIDDEN, "source_network"),

@@ -165,7 +165,7 @@ def answer_fields(call: str) -> tuple[Field, ...]:
 
 def parse_refusal() -> Refusal:
     """What a body that is no JSON object gets."""
-    return Refusal(400, "INVALID_ARGUMENT", "The body is not a JSON object in UTF-8.")
+    return invalid("body", "is not a JSON object in UTF-8")
 
 
 def decode_caller(call: str, fields: Fields, principal: str) -> Caller:

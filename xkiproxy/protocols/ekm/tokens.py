@@ -9,7 +9,6 @@ RFC 8725: the algorithm is fixed here and never taken from the token.
 from __future__ import annotations
 
 import hashlib
-import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -36,7 +35,10 @@ MAX_TOKEN_SIZE = 4096
 _ALGORITHM = "RS256"
 _MAX_REMEMBERED = 1024
 _MIN_KEY_BITS = 2048
-_HEADER = re.compile(rb"(?i:bearer) +([A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+){2})")
+_LATEST = 1e12
+"""In seconds since the epoch; beyond it no number is a date (nor is NaN)."""
+_HEADER = re.compile(rb"(?i:bearer) +([A-Za-z0-9_-]{1,512}\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+)")
+"""What is parsed before the signature is verified is bounded: Google's has 100 characters."""
 _CLAIMS = ["iss", "aud", "exp", "iat", "email", "email_verified"]
 _OPTIONS: Any = {
     "require": _CLAIMS,
@@ -161,11 +163,12 @@ def _key_id(token: str) -> str:
 
 def _check_times(claims: dict[str, Any], now: float) -> float:
     """Until when a token is good, in seconds since the epoch; raises Refusal."""
-    issued, expires = (claims["iat"], claims["exp"])
-    for value in (issued, expires):
-        if type(value) not in {int, float} or not math.isfinite(value):
+    issued, expires = claims["iat"], claims["exp"]
+    begins = claims.get("nbf", issued)
+    for value in (issued, expires, begins):
+        if type(value) not in {int, float} or not abs(value) < _LATEST:
             raise unauthenticated("malformed")
-    if now > expires + LEEWAY_SECONDS or now < issued - LEEWAY_SECONDS:
+    if now > expires + LEEWAY_SECONDS or now < max(issued, begins) - LEEWAY_SECONDS:
         raise unauthenticated("stale")
     return float(expires + LEEWAY_SECONDS)
 
