@@ -7,7 +7,7 @@ with a key `{prefix}{base_path}/keys/{key id}/{call}` or `{prefix}{base_path}/ke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any, Literal, get_args
@@ -70,6 +70,14 @@ class Refusal(Exception):
         self.code = code
         self.message = message
         self.reason = reason
+
+
+def codes_by_status(answers: Iterable[tuple[int, str]]) -> dict[int, list[str]]:
+    """The codes that come with each status, of pairs of both; in order."""
+    found: dict[int, set[str]] = {}
+    for status, code in answers:
+        found.setdefault(status, set()).add(code)
+    return {status: sorted(found[status]) for status in sorted(found)}
 
 
 @dataclass(slots=True)

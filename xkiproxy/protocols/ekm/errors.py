@@ -9,7 +9,7 @@ ciphertext that is wrong for ever, so what is wrong with a request has details o
 from __future__ import annotations
 
 from xkiproxy.crypto.operations import Fault, OperationError
-from xkiproxy.protocols.base import Fields, Reason, Refusal, Trouble
+from xkiproxy.protocols.base import Fields, Reason, Refusal, Trouble, codes_by_status
 
 CODES = {
     "INVALID_ARGUMENT": 3,
@@ -75,10 +75,8 @@ class FieldRefusal(Refusal):
 
 def codes() -> dict[int, list[str]]:
     """Every status of an error, with the codes that come with it."""
-    found: dict[int, set[str]] = {501: {"UNIMPLEMENTED"}}
-    for status, code in (*_FAULTS.values(), *(trouble[:2] for trouble in _TROUBLES.values())):
-        found.setdefault(status, set()).add(code)
-    return {status: sorted(found[status]) for status in sorted(found)}
+    refused = (*_FAULTS.values(), *(trouble[:2] for trouble in _TROUBLES.values()))
+    return codes_by_status((*refused, (501, "UNIMPLEMENTED")))
 
 
 def refusal(why: OperationError | Trouble) -> Refusal:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from xkiproxy.crypto.operations import Fault, OperationError
-from xkiproxy.protocols.base import Reason, Refusal, Trouble
+from xkiproxy.protocols.base import Reason, Refusal, Trouble, codes_by_status
 
 _FAULTS = {
     Fault.UNSUPPORTED: (400, "InvalidOperation"),
@@ -49,10 +49,7 @@ _TROUBLES: dict[Trouble, tuple[int, str, str] | tuple[int, str, str, Reason]] = 
 
 def codes() -> dict[int, list[str]]:
     """Every status of an error, with the codes that come with it."""
-    found: dict[int, set[str]] = {}
-    for status, code in (*_FAULTS.values(), *(trouble[:2] for trouble in _TROUBLES.values())):
-        found.setdefault(status, set()).add(code)
-    return {status: sorted(found[status]) for status in sorted(found)}
+    return codes_by_status((*_FAULTS.values(), *(trouble[:2] for trouble in _TROUBLES.values())))
 
 
 def refusal(why: OperationError | Trouble) -> Refusal:
